@@ -1,0 +1,269 @@
+"""The architecture: one config class for the GPT-2/GPT-3/MT-NLG and the Llama/Qwen-like families."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mtnlg.config.errors import ConfigError, NotYetError
+
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu", *GATED_ACTIVATIONS)
+POSITION_EMBEDDINGS = ("learned", "rotary", "none")
+NORMALIZATIONS = ("layernorm", "rmsnorm")
+OUTPUT_LAYER_INIT_METHODS = ("scaled_normal", "normal", "zeros")
+
+
+@dataclass
+class MegatronModelConfig:
+    """Architecture of an autoregressive Transformer decoder.
+
+    The defaults are GPT-2's. ``None`` always means "derive it", and the derived value is what the
+    properties named after each field return.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of Transformer layers.
+        num_attention_heads: query heads of each layer.
+        intermediate_size: width of the MLP; ``None`` is ``4 * hidden_size``.
+        max_position_embeddings: longest sequence (tokens); learned positions have this many rows.
+        use_cache: keep keys and values while generating.
+        layernorm_eps: epsilon of every normalization.
+        init_method_std: standard deviation of the normal initialisation; ``None`` is MT-NLG's
+            ``sqrt(1 / (3 * hidden_size))``.
+        output_layer_init_method: initialisation of the two projections that write into the residual
+            stream. ``None`` or ``"scaled_normal"`` is Megatron's ``std / sqrt(2 * layers)``;
+            ``"normal"`` uses ``init_method_std``; ``"zeros"`` starts every layer as the identity.
+        parallel_output: under tensor parallelism keep the logits split over the vocabulary and
+            compute the loss on the shards; ``False`` gathers them first.
+        activation_function: one of gelu, gelu_tanh, relu, squared_relu, silu, and the gated swiglu,
+            geglu, reglu.
+        pre_process_first: when layers are divided over pipeline stages, count the embedding as work
+            of the first stage, which then gets fewer layers.
+        post_process_last: likewise the head and the loss, for the last stage.
+        quantize: weight-only quantization of the linear layers for inference (not yet).
+        quantize_config: its options (not yet).
+        enable_input_require_grads: the embedding's output requires gradients, which adapters need
+            under activation recomputation.
+        prompt_tuning: train virtual tokens only (not yet), with the ``prompt_tuning_*`` options.
+        num_key_value_heads: heads of keys and values (grouped-query attention); ``None`` is one for
+            each query head.
+        head_dim: size of one head; ``None`` is ``hidden_size / num_attention_heads``.
+        position_embedding: ``learned`` absolute, ``rotary``, or ``none``.
+        rotary_base: base of the rotary frequencies (theta).
+        rotary_percent: share of each head's dimensions that is rotated, in (0, 1].
+        normalization: ``layernorm`` or ``rmsnorm``; both before each sub-block (pre-LN).
+        tie_word_embeddings: the head shares the token embedding's matrix.
+        attention_bias: biases on the query, key and value projections.
+        attention_output_bias: bias on the attention's output projection; ``None`` follows
+            ``attention_bias`` (Qwen2 has the former without the latter).
+        mlp_bias: biases in the MLP.
+        qk_normalization: RMSNorm over each head's queries and keys (Qwen3).
+        hidden_dropout: dropout after the embedding and on each sub-block's output.
+        attention_dropout: dropout on the attention weights.
+
+    Raises:
+        ConfigError: naming every field that is out of range, all at once.
+        NotYetError: for quantization and prompt tuning.
+    """
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    use_cache: bool = True
+    layernorm_eps: float = 1e-5
+    init_method_std: float | None = 0.02
+    output_layer_init_method: str | None = None
+    parallel_output: bool = True
+    activation_function: str = "gelu"
+    pre_process_first: bool = True
+    post_process_last: bool = True
+    quantize: bool = False
+    quantize_config: dict[str, Any] | None = None
+    enable_input_require_grads: bool = False
+    prompt_tuning: bool = False
+    prompt_tuning_num_tokens: int | None = None
+    prompt_tuning_init_text: str | None = None
+    prompt_tuning_update_every_n_steps: int | None = None
+    prompt_tuning_lr_multiplier: float | None = None
+    prompt_tuning_max_seq_length: int | None = None
+    prompt_tuning_vocab_size: int | None = None
+    prompt_tuning_prompt_style: str | None = None
+    prompt_tuning_prompt_style_args: dict[str, Any] | None = None
+    prompt_tuning_prompt_style_args_type: str | None = None
+    prompt_tuning_prompt_style_args_keys: list[str] | None = None
+    prompt_tuning_prompt_style_args_values: list[str] | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    position_embedding: str = "learned"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    normalization: str = "layernorm"
+    tie_word_embeddings: bool = True
+    attention_bias: bool = True
+    attention_output_bias: bool | None = None
+    mlp_bias: bool = True
+    qk_normalization: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = _range_problems(self) + _choice_problems(self)
+        if not problems:
+            problems = _shape_problems(self)
+        if problems:
+            raise ConfigError(problems)
+        _refuse_what_is_not_yet(self)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> MegatronModelConfig:
+        """The named preset with some fields replaced.
+
+        Raises:
+            ConfigError: the preset does not exist (the message suggests the nearest names).
+        """
+        from mtnlg.config.presets import preset_fields
+
+        return cls(**{**preset_fields(name), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, as saved in ``config.yaml`` and ``config.json``."""
+        return asdict(self)
+
+    @property
+    def ffn_size(self) -> int:
+        """Width of the MLP, derived if need be."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values, derived if need be."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of one head, derived if need be."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of one head that rotary positions turn (even)."""
+        return int(self.head_size * self.rotary_percent) // 2 * 2
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of the initialisation, derived if need be (MT-NLG, section 3.2)."""
+        return self.init_method_std or math.sqrt(1.0 / (3.0 * self.hidden_size))
+
+    @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether the attention's output projection has a bias."""
+        if self.attention_output_bias is None:
+            return self.attention_bias
+        return self.attention_output_bias
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate (three matrices instead of two)."""
+        return self.activation_function in GATED_ACTIVATIONS
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, by formula; the tied head counts once."""
+        return self.num_parameters_per_layer * self.num_hidden_layers + self._num_end_parameters
+
+    @property
+    def num_parameters_per_layer(self) -> int:
+        """Trainable parameters of one Transformer layer, by formula."""
+        hidden, ffn, head = self.hidden_size, self.ffn_size, self.head_size
+        query = self.num_attention_heads * head
+        key_value = self.key_value_heads * head
+        attention = hidden * (query + 2 * key_value) + query * hidden
+        attention += (query + 2 * key_value) * self.attention_bias
+        attention += hidden * self.has_attention_output_bias
+        attention += 2 * head * self.qk_normalization
+        up_matrices = 2 if self.is_gated else 1
+        mlp = (up_matrices + 1) * hidden * ffn + (up_matrices * ffn + hidden) * self.mlp_bias
+        return attention + mlp + 2 * self._num_norm_parameters
+
+    @property
+    def _num_norm_parameters(self) -> int:
+        return self.hidden_size * (2 if self.normalization == "layernorm" else 1)
+
+    @property
+    def _num_end_parameters(self) -> int:
+        embedding = self.vocab_size * self.hidden_size
+        positions = self.max_position_embeddings * self.hidden_size
+        count = embedding + positions * (self.position_embedding == "learned")
+        return count + embedding * (not self.tie_word_embeddings) + self._num_norm_parameters
+
+
+def _range_problems(config: MegatronModelConfig) -> list[str]:
+    positive = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
+        "max_position_embeddings num_key_value_heads head_dim layernorm_eps init_method_std rotary_base"
+    )
+    problems = []
+    for name in positive.split():
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            problems.append(f"{name} is {value}: it must be greater than 0.")
+    for name in ("hidden_dropout", "attention_dropout"):
+        value = getattr(config, name)
+        if not 0.0 <= value < 1.0:
+            problems.append(f"{name} is {value}: it must be at least 0 and below 1.")
+    if not 0.0 < config.rotary_percent <= 1.0:
+        problems.append(f"rotary_percent is {config.rotary_percent}: it must be in (0, 1].")
+    return problems
+
+
+def _choice_problems(config: MegatronModelConfig) -> list[str]:
+    choices = {
+        "activation_function": ACTIVATIONS,
+        "position_embedding": POSITION_EMBEDDINGS,
+        "normalization": NORMALIZATIONS,
+        "output_layer_init_method": (None, *OUTPUT_LAYER_INIT_METHODS),
+    }
+    return [
+        f"{name} is {getattr(config, name)!r}: choose one of "
+        f"{', '.join(str(choice) for choice in valid if choice)}."
+        for name, valid in choices.items()
+        if getattr(config, name) not in valid
+    ]
+
+
+def _shape_problems(config: MegatronModelConfig) -> list[str]:
+    problems = []
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    if config.head_dim is None and hidden % heads:
+        problems.append(
+            f"num_attention_heads is {heads}: it must divide hidden_size ({hidden}), or give head_dim."
+        )
+    if heads % config.key_value_heads:
+        problems.append(
+            f"num_key_value_heads is {config.key_value_heads}: it must divide "
+            f"num_attention_heads ({heads})."
+        )
+    if config.position_embedding == "rotary" and config.rotary_dim < 2:
+        problems.append(
+            f"rotary_percent {config.rotary_percent} of a head of {config.head_size} dimensions "
+            "rotates nothing: raise it, or use position_embedding: none."
+        )
+    return problems
+
+
+def _refuse_what_is_not_yet(config: MegatronModelConfig) -> None:
+    if config.quantize or config.quantize_config:
+        raise NotYetError("quantize: weight-only quantization is not implemented yet; leave it off.")
+    asked = [
+        name
+        for name, value in config.to_dict().items()
+        if name.startswith("prompt_tuning") and value not in (None, False)
+    ]
+    if asked:
+        raise NotYetError(f"{asked[0]}: prompt tuning is not implemented yet; leave it off.")

@@ -1,0 +1,99 @@
+"""The whole config of a run, and the rules that cross its sections."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mtnlg.config.data import DataConfig, TokenizerConfig
+from mtnlg.config.errors import ConfigError
+from mtnlg.config.layout import LayoutConfig, layout_problems
+from mtnlg.config.model import MegatronModelConfig
+from mtnlg.config.training import (
+    BatchConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    StopConfig,
+    TrainingConfig,
+)
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a training run; saved as ``config.yaml`` in the run's folder.
+
+    Args:
+        run_dir: the folder that becomes the run.
+        seed: of the initialisation, the dropout and the shuffles.
+        preset: name of a model preset that ``model`` starts from.
+        model: the architecture. ``vocab_size: null`` in a recipe takes the tokenizer's.
+        tokenizer: which tokenizer, or the size to train.
+        data: what to train on.
+        layout: how the model is divided over ranks.
+        optimizer: AdamW or Muon.
+        schedule: learning rate over tokens.
+        batch: batch sizes and their ramp.
+        precision: number formats.
+        stop: when training ends.
+        evaluation: evaluation and samples during training.
+        checkpoint: what is kept.
+        logging: metrics.
+        training: the engine's switches.
+
+    Raises:
+        ConfigError: naming every rule across sections that is broken.
+    """
+
+    run_dir: str = "runs/run"
+    seed: int = 1234
+    preset: str | None = None
+    model: MegatronModelConfig = field(default_factory=MegatronModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    stop: StopConfig = field(default_factory=lambda: StopConfig(tokens=100_000_000))
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        problems = cross_section_problems(self)
+        if problems:
+            raise ConfigError(problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested plain values."""
+        return asdict(self)
+
+
+def cross_section_problems(config: RunConfig) -> list[str]:
+    """Every rule between sections that ``config`` breaks."""
+    problems = []
+    length, longest = config.data.sequence_length, config.model.max_position_embeddings
+    if config.model.position_embedding == "learned" and length > longest:
+        problems.append(
+            f"data.sequence_length is {length}: the model has only {longest} positions "
+            "(model.max_position_embeddings)."
+        )
+    replicas = config.layout.data_parallel_size or 1
+    batch = config.batch
+    for name, size in (("global_batch_size", batch.global_batch_size), ("ramp_start", batch.ramp_start)):
+        step = batch.micro_batch_size * replicas
+        if size is not None and size % step:
+            problems.append(
+                f"batch.{name} is {size}: it must be a multiple of micro_batch_size "
+                f"({batch.micro_batch_size}) times layout.data_parallel_size ({replicas})."
+            )
+    smallest = batch.ramp_start or batch.global_batch_size
+    micro_batches = max(1, smallest // (batch.micro_batch_size * replicas))
+    problems += layout_problems(config.layout, config.model, length, micro_batches)
+    return problems
