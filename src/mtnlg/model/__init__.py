@@ -1,0 +1,20 @@
+"""The decoder as plain PyTorch: it knows nothing of ranks, precision or devices."""
+
+from mtnlg.model.attention import Attention, KeyValueCache
+from mtnlg.model.decoder import DecoderLayer, DecoderOutput, Embedding, Head, MegatronLmDecoder
+from mtnlg.model.initialization import initial_value, initialize_weights
+from mtnlg.model.loss import IGNORED_LABEL, summed_cross_entropy
+
+__all__ = [
+    "IGNORED_LABEL",
+    "Attention",
+    "DecoderLayer",
+    "DecoderOutput",
+    "Embedding",
+    "Head",
+    "KeyValueCache",
+    "MegatronLmDecoder",
+    "initial_value",
+    "initialize_weights",
+    "summed_cross_entropy",
+]

@@ -1,0 +1,178 @@
+"""The autoregressive Transformer decoder of GPT-2, GPT-3, MT-NLG, Llama and Qwen (pre-LN)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mtnlg.config import MegatronModelConfig
+from mtnlg.model.attention import Attention, KeyValueCache
+from mtnlg.model.loss import summed_cross_entropy
+from mtnlg.model.mlp import Mlp
+from mtnlg.model.norms import make_norm
+from mtnlg.model.positions import Rotation, rotation_angles
+
+
+@dataclass
+class DecoderOutput:
+    """What a decoder, or one pipeline stage of it, returns.
+
+    Args:
+        logits: [batch, sequence, vocab]; given when no labels were.
+        loss: summed cross entropy (float32 scalar, nats); given when labels were.
+        hidden: [batch, sequence, hidden]; given by a stage without a head.
+    """
+
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class Embedding(nn.Module):
+    """Token embedding plus learned positions, where the config asks for them."""
+
+    def __init__(self, config: MegatronModelConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = None
+        if config.position_embedding == "learned":
+            self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.require_grads = config.enable_input_require_grads
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[batch, sequence] and positions [batch or 1, sequence] → [batch, sequence, hidden]"""
+        hidden = self.tokens(input_ids)
+        if self.positions is not None:
+            hidden = hidden + self.positions(position_ids)
+        hidden = self.dropout(hidden)
+        if self.require_grads and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()
+        return hidden
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: MegatronModelConfig, layer_index: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, layer_index)
+        self.mlp_norm = make_norm(config)
+        self.mlp = Mlp(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """[batch, sequence, hidden] → [batch, sequence, hidden]"""
+        attended = self.attention(self.attention_norm(hidden), rotation, mask, cache)
+        hidden = hidden + self.dropout(attended)
+        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
+
+
+class Head(nn.Module):
+    """Final norm and output projection, followed by the loss where labels are given.
+
+    ``loss_function(hidden, weight, labels)`` is an attribute so that a layout can put its own in.
+    """
+
+    def __init__(self, config: MegatronModelConfig) -> None:
+        super().__init__()
+        self.norm = make_norm(config)
+        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function: Callable[[Tensor, Tensor, Tensor], Tensor] = summed_cross_entropy
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> DecoderOutput:
+        """[batch, sequence, hidden] → logits [batch, sequence, vocab], or the summed loss."""
+        hidden = self.norm(hidden)
+        if labels is None:
+            return DecoderOutput(logits=self.output(hidden))
+        return DecoderOutput(loss=self.loss_function(hidden, self.output.weight, labels))
+
+
+class MegatronLmDecoder(nn.Module):
+    """The whole decoder, or the part of it that is left after a stage has been cut out.
+
+    ``embedding`` and ``head`` may be ``None`` and ``layers`` may hold any of the layers under their
+    global numbers, so that cutting a pipeline stage renames no parameter.
+
+    Args:
+        config: the architecture.
+    """
+
+    embedding: Embedding | None
+    head: Head | None
+
+    def __init__(self, config: MegatronModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config)
+        self.layers = nn.ModuleDict(
+            {str(index): DecoderLayer(config, index) for index in range(config.num_hidden_layers)}
+        )
+        self.head = Head(config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head share the token embedding's matrix, where the config says so."""
+        if self.config.tie_word_embeddings and self.embedding is not None and self.head is not None:
+            self.head.output.weight = self.embedding.tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> DecoderOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: [batch, sequence]; hidden states [batch, sequence, hidden] without embedding.
+            labels: [batch, sequence] next tokens, ``-100`` ignored; with them the summed loss is
+                returned instead of logits.
+            position_ids: [batch or 1, sequence]; ``None`` counts on from the cache's length.
+            document_ids: [batch, sequence]; tokens see only their own document's.
+            attention_mask: [batch, 1, sequence, keys], true where a query may see a key; overrides
+                the causal and the document mask.
+            cache: keys and values of earlier tokens.
+        """
+        start = cache.length if cache is not None else 0
+        sequence = input_ids.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(start, start + sequence, device=input_ids.device)[None]
+        hidden = input_ids if self.embedding is None else self.embedding(input_ids, position_ids)
+        rotation = None
+        if self.config.position_embedding == "rotary":
+            rotation = rotation_angles(self.config, position_ids, hidden.dtype)
+        mask = attention_mask
+        if mask is None:
+            mask = _causal_mask(sequence, start, document_ids, input_ids.device)
+        for layer in self.layers.values():
+            hidden = layer(hidden, rotation, mask, cache)
+        if self.head is None:
+            return DecoderOutput(hidden=hidden)
+        return self.head(hidden, labels)
+
+
+def _causal_mask(
+    sequence: int, start: int, document_ids: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """[batch or 1, 1, sequence, keys], or ``None`` where plain causal attention says the same."""
+    if document_ids is not None:
+        same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+        return same & same.new_ones(sequence, sequence).tril()
+    if start == 0 or sequence == 1:
+        return None
+    ones = torch.ones(sequence, start + sequence, dtype=torch.bool, device=device)
+    return ones.tril(diagonal=start)[None, None]

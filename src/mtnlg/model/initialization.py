@@ -1,0 +1,60 @@
+"""Megatron's initialisation, each parameter from a random stream of its own.
+
+A parameter's numbers depend on the seed and its name alone, so every layout, stage and rank can make
+exactly the part it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtnlg.config import MegatronModelConfig
+
+_RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight")
+
+
+def initial_std(name: str, config: MegatronModelConfig) -> float:
+    """Standard deviation of the matrix ``name``.
+
+    The two projections that write into the residual stream get ``std / sqrt(2 * layers)``
+    (Megatron-LM, following GPT-2) unless ``output_layer_init_method`` says otherwise.
+    """
+    if name.endswith(_RESIDUAL_OUTPUTS):
+        if config.output_layer_init_method == "zeros":
+            return 0.0
+        if config.output_layer_init_method != "normal":
+            return config.init_std / math.sqrt(2.0 * config.num_hidden_layers)
+    return config.init_std
+
+
+def initial_value(name: str, shape: Sequence[int], config: MegatronModelConfig, seed: int) -> Tensor:
+    """The whole initial value of one parameter, float32 on the CPU.
+
+    Args:
+        name: the parameter's full name in the whole model.
+        shape: its whole shape.
+        config: the architecture.
+        seed: of the run.
+    """
+    if name.endswith(".bias"):
+        return torch.zeros(tuple(shape))
+    if len(shape) == 1:
+        return torch.ones(tuple(shape))
+    std = initial_std(name, config)
+    if std == 0.0:
+        return torch.zeros(tuple(shape))
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module, config: MegatronModelConfig, seed: int) -> None:
+    """Fill every parameter of a plain ``model`` (not on meta) with its initial value."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, config, seed))
