@@ -83,7 +83,7 @@ class DataConfig:
             problems.append(f"data.sequence_length is {self.sequence_length}: it must be at least 1.")
         if self.blend and self.sources:
             problems.append("data.blend and data.sources are both given: give only one of them.")
-        entries = [*self.blend, *self.sources]
+        entries: list[BlendEntry | SourceEntry] = [*self.blend, *self.sources]
         for entry in entries:
             if entry.weight is not None and not entry.weight > 0:
                 problems.append(f"data: weight of {entry.path} is {entry.weight}: it must be above 0.")
