@@ -134,6 +134,7 @@ class MegatronLmDecoder(nn.Module):
         document_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        logits_at: Tensor | None = None,
     ) -> DecoderOutput:
         """Run the decoder.
 
@@ -146,6 +147,8 @@ class MegatronLmDecoder(nn.Module):
             attention_mask: [batch, 1, sequence, keys], true where a query may see a key; overrides
                 the causal and the document mask.
             cache: keys and values of earlier tokens.
+            logits_at: [batch], the only column of each row whose logits are wanted (generation needs
+                just the last); the result is then [batch, 1, vocab].
         """
         start = cache.length if cache is not None else 0
         sequence = input_ids.shape[1]
@@ -162,6 +165,8 @@ class MegatronLmDecoder(nn.Module):
             hidden = layer(hidden, rotation, mask, cache)
         if self.head is None:
             return DecoderOutput(hidden=hidden)
+        if logits_at is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at][:, None]
         return self.head(hidden, labels)
 
 
