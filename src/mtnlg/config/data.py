@@ -14,10 +14,13 @@ class TokenizerConfig:
     Args:
         path: a Hugging Face tokenizer folder; ``None`` trains one from ``data.sources``.
         vocab_size: size to train, special tokens included.
+        sets_vocab_size: once the tokenizer is there, ``model.vocab_size`` becomes its size; set for
+            recipes that leave ``model.vocab_size`` out.
     """
 
     path: str | None = None
     vocab_size: int = 8192
+    sets_vocab_size: bool = False
 
     def __post_init__(self) -> None:
         if self.vocab_size < 300:

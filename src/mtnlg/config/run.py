@@ -30,7 +30,7 @@ class RunConfig:
         run_dir: the folder that becomes the run.
         seed: of the initialisation, the dropout and the shuffles.
         preset: name of a model preset that ``model`` starts from.
-        model: the architecture. ``vocab_size: null`` in a recipe takes the tokenizer's.
+        model: the architecture; without ``vocab_size`` a recipe takes the tokenizer's.
         tokenizer: which tokenizer, or the size to train.
         data: what to train on.
         layout: how the model is divided over ranks.
@@ -66,7 +66,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        problems = cross_section_problems(self)
+        problems = cross_section_problems(self.model, self.data, self.layout, self.batch)
         if problems:
             raise ConfigError(problems)
 
@@ -75,17 +75,18 @@ class RunConfig:
         return asdict(self)
 
 
-def cross_section_problems(config: RunConfig) -> list[str]:
-    """Every rule between sections that ``config`` breaks."""
+def cross_section_problems(
+    model: MegatronModelConfig, data: DataConfig, layout: LayoutConfig, batch: BatchConfig
+) -> list[str]:
+    """Every rule between sections that is broken."""
     problems = []
-    length, longest = config.data.sequence_length, config.model.max_position_embeddings
-    if config.model.position_embedding == "learned" and length > longest:
+    length, longest = data.sequence_length, model.max_position_embeddings
+    if model.position_embedding == "learned" and length > longest:
         problems.append(
             f"data.sequence_length is {length}: the model has only {longest} positions "
             "(model.max_position_embeddings)."
         )
-    replicas = config.layout.data_parallel_size or 1
-    batch = config.batch
+    replicas = layout.data_parallel_size or 1
     for name, size in (("global_batch_size", batch.global_batch_size), ("ramp_start", batch.ramp_start)):
         step = batch.micro_batch_size * replicas
         if size is not None and size % step:
@@ -95,5 +96,5 @@ def cross_section_problems(config: RunConfig) -> list[str]:
             )
     smallest = batch.ramp_start or batch.global_batch_size
     micro_batches = max(1, smallest // (batch.micro_batch_size * replicas))
-    problems += layout_problems(config.layout, config.model, length, micro_batches)
+    problems += layout_problems(layout, model, length, micro_batches)
     return problems
