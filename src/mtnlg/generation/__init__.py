@@ -1,0 +1,17 @@
+"""From logits to sequences: sampling rules, the key-value cache, the loop, streamed text."""
+
+from mtnlg.generation.cache import KeyValueCache
+from mtnlg.generation.generate import Continuation, generate, next_logits
+from mtnlg.generation.sampling import SamplingRules, choose_tokens, token_probabilities
+from mtnlg.generation.text import IncrementalDecoder
+
+__all__ = [
+    "Continuation",
+    "IncrementalDecoder",
+    "KeyValueCache",
+    "SamplingRules",
+    "choose_tokens",
+    "generate",
+    "next_logits",
+    "token_probabilities",
+]
