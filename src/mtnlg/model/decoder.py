@@ -176,7 +176,7 @@ def _causal_mask(
     """[batch or 1, 1, sequence, keys], or ``None`` where plain causal attention says the same."""
     if document_ids is not None:
         same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-        return same & same.new_ones(sequence, sequence).tril()
+        return same.tril()  # not by ``sequence``, which is only a part under sequence parallelism
     if start == 0 or sequence == 1:
         return None
     ones = torch.ones(sequence, start + sequence, dtype=torch.bool, device=device)

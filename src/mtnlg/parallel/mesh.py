@@ -1,0 +1,231 @@
+"""Where this process sits: its device, its rank, and the axes of the layout it belongs to.
+
+Ranks are numbered with tensor parallelism innermost (its messages are the largest and most frequent,
+so its ranks should be neighbours), then data, then pipeline. With data parallelism over ``d`` replicas
+the mesh has two axes: ``replicate`` copies the weights and ``shard`` splits them; one of them is ``d``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mtnlg.config import ConfigError, LayoutConfig
+
+AXES = ("pipeline", "replicate", "shard", "tensor")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's place in a layout. In one process every size is 1 and ``device_mesh`` is ``None``.
+
+    Args:
+        layout: the layout, its ``data_parallel_size`` known.
+        device: where this rank computes.
+        rank: number of this rank among all.
+        device_mesh: torch's mesh with the axes ``pipeline, replicate, shard, tensor``.
+        ends_group: the first and the last stage of this rank's pipeline (tied embeddings).
+    """
+
+    layout: LayoutConfig
+    device: torch.device
+    rank: int = 0
+    device_mesh: DeviceMesh | None = None
+    ends_group: dist.ProcessGroup | None = None
+
+    def size(self, axis: str) -> int:
+        """Ranks along ``axis``."""
+        if self.device_mesh is None:
+            return 1
+        return self.device_mesh.size(AXES.index(axis))
+
+    def coordinate(self, axis: str) -> int:
+        """This rank's place along ``axis``."""
+        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
+
+    @property
+    def num_ranks(self) -> int:
+        """All ranks of the layout."""
+        return self.layout.num_ranks
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage of this rank."""
+        return self.coordinate("pipeline")
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return self.size("pipeline")
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds the tokens."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head and computes the loss."""
+        return self.stage == self.num_stages - 1
+
+    @property
+    def replica(self) -> int:
+        """Data-parallel replica that this rank belongs to: which share of each batch it reads."""
+        return self.coordinate("replicate") * self.size("shard") + self.coordinate("shard")
+
+    @property
+    def num_replicas(self) -> int:
+        """Data-parallel replicas."""
+        return self.size("replicate") * self.size("shard")
+
+    @property
+    def tensor_rank(self) -> int:
+        """Place of this rank among those that share each matrix."""
+        return self.coordinate("tensor")
+
+    @property
+    def tensor_size(self) -> int:
+        """Ranks that share each matrix."""
+        return self.size("tensor")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and the terminal."""
+        return self.rank == 0
+
+    def axis(self, *names: str) -> DeviceMesh:
+        """The sub-mesh of some axes.
+
+        Raises:
+            ValueError: there is only one process.
+        """
+        if self.device_mesh is None:
+            raise ValueError("One process has no device mesh.")
+        return self.device_mesh[names if len(names) > 1 else names[0]]
+
+    def sum_over_replicas(self, value: Tensor) -> Tensor:
+        """Sum over the data-parallel replicas, in place; every rank gets it."""
+        return self._sum(value, ("replicate", "shard"))
+
+    def sum_over_stages_and_replicas(self, value: Tensor) -> Tensor:
+        """Sum over pipeline stages and replicas, in place: what tensor-parallel ranks hold alike."""
+        return self._sum(value, ("pipeline", "replicate", "shard"))
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        return self._sum(value, AXES)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.device_mesh is not None:
+            dist.barrier()
+
+    def broadcast_object(self, value: object) -> object:
+        """Rank 0's ``value`` on every rank (a small picklable object)."""
+        if self.device_mesh is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _sum(self, value: Tensor, axes: tuple[str, ...]) -> Tensor:
+        for axis in axes:
+            if self.size(axis) > 1:
+                dist.all_reduce(value, group=self.axis(axis).get_group())
+        return value
+
+
+def ranks_present() -> int | None:
+    """Ranks that a launcher (torchrun, SLURM) has started around this process; ``None`` without one."""
+    world = os.environ.get("WORLD_SIZE")
+    return int(world) if world and "RANK" in os.environ else None
+
+
+def resolve_layout(layout: LayoutConfig, device_type: str) -> LayoutConfig:
+    """``layout`` with ``data_parallel_size`` filled in where it was left open.
+
+    Under a launcher the ranks present decide; alone, the GPUs present, and on the CPU it is 1.
+
+    Args:
+        layout: the layout asked for.
+        device_type: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: the layout does not fit the ranks or devices that are there.
+    """
+    present = ranks_present()
+    model_parallel = layout.model_parallel_size
+    if layout.data_parallel_size is None:
+        available = present
+        if available is None:
+            available = torch.cuda.device_count() if device_type == "cuda" else model_parallel
+        if available < model_parallel or available % model_parallel:
+            raise ConfigError(
+                f"layout: tensor_parallel_size x pipeline_parallel_size is {model_parallel}: it must "
+                f"divide the {available} ranks or devices present."
+            )
+        layout = replace(layout, data_parallel_size=available // model_parallel)
+    if present is not None and present != layout.num_ranks:
+        raise ConfigError(
+            f"layout: {layout.num_ranks} ranks are asked for (tensor {layout.tensor_parallel_size} x "
+            f"pipeline {layout.pipeline_parallel_size} x data {layout.data_parallel_size}) and the "
+            f"launcher started {present}; leave layout.data_parallel_size out to use all."
+        )
+    if present is None and device_type == "cuda" and layout.num_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"layout: {layout.num_ranks} ranks are asked for and this machine has "
+            f"{torch.cuda.device_count()} GPUs; use training.device: cpu or a smaller layout."
+        )
+    return layout
+
+
+def build_mesh(layout: LayoutConfig, device_type: str = "cpu", timeout_seconds: float = 1800.0) -> Mesh:
+    """Join the other ranks and find this one's place.
+
+    Args:
+        layout: the layout asked for.
+        device_type: ``cpu`` or ``cuda``.
+        timeout_seconds: after which a rank that waits for another gives up.
+
+    Raises:
+        ConfigError: the layout does not fit the ranks that are there.
+    """
+    layout = resolve_layout(layout, device_type)
+    if layout.num_ranks == 1:
+        return Mesh(layout, torch.device(device_type))
+    device = torch.device(device_type)
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = layout.backend or ("nccl" if device_type == "cuda" else "gloo")
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, timeout=timeout)
+    if dist.get_world_size() != layout.num_ranks:
+        raise ConfigError(
+            f"layout: {layout.num_ranks} ranks are asked for and {dist.get_world_size()} are here."
+        )
+    replicas = layout.data_parallel_size or 1
+    copies = replicas if layout.data_parallel_sharding == "none" else 1
+    sizes = (layout.pipeline_parallel_size, copies, replicas // copies, layout.tensor_parallel_size)
+    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+    return Mesh(layout, device, dist.get_rank(), device_mesh, _ends_group(device_mesh))
+
+
+def _ends_group(device_mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group of the first and last stage of this rank's pipeline; every rank must call this."""
+    if device_mesh.size(0) == 1:
+        return None
+    mine = None
+    for pipeline in device_mesh.mesh.flatten(1).t().tolist():  # ranks of one pipeline, first to last
+        ends = [pipeline[0], pipeline[-1]]
+        group = dist.new_group(ends)
+        if dist.get_rank() in ends:
+            mine = group
+    return mine

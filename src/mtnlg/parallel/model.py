@@ -1,0 +1,185 @@
+"""The laid-out model: one class for one process and for any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from mtnlg.config import MegatronModelConfig
+from mtnlg.model import IGNORED_LABEL, MegatronLmDecoder
+from mtnlg.parallel import gradients
+from mtnlg.parallel.mesh import Mesh
+from mtnlg.parallel.pipeline import Pipeline
+from mtnlg.parallel.stage import Stage
+from mtnlg.parallel.weights import TIED_COPY, canonical_name
+from mtnlg.tokens.batch import Batch
+
+_AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ParallelModel:
+    """A decoder laid out over ranks, with the same methods whatever the layout.
+
+    In one process there is no process group, no DTensor and no wrapper around the layers.
+    Parameters go by the names of the plain model.
+
+    Args:
+        stage: this rank's part of the model.
+        config: the whole architecture.
+        mesh: this rank's place.
+        precision: ``float32``, ``bf16`` or ``fp16``; weights stay float32, matrix products run in it.
+    """
+
+    def __init__(
+        self, stage: Stage, config: MegatronModelConfig, mesh: Mesh, precision: str = "float32"
+    ) -> None:
+        self.stage = stage
+        self.config = config
+        self.mesh = mesh
+        self.device = mesh.device
+        self.autocast_dtype = _AUTOCAST[precision]
+        self._pipeline = Pipeline(stage, mesh, config.hidden_size) if mesh.num_stages > 1 else None
+        names = {canonical_name(name): item for name, item in stage.named_parameters()}
+        # The last stage's copy of a tied embedding goes by the embedding's name, as in one process.
+        self._holds_tied_copy = config.tie_word_embeddings and mesh.num_stages > 1 and mesh.is_last_stage
+        if self._holds_tied_copy:
+            names["embedding.tokens.weight"] = names.pop(TIED_COPY)
+        self._parameters = names
+
+    @property
+    def decoder(self) -> MegatronLmDecoder:
+        """This rank's decoder; in one process the whole plain model, fit for generation."""
+        return self.stage.decoder
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether :attr:`decoder` is the whole plain model (there is only one process)."""
+        return self.mesh.device_mesh is None
+
+    def train(self, mode: bool = True) -> ParallelModel:
+        """Switch dropout on or off."""
+        self.stage.train(mode)
+        return self
+
+    def eval(self) -> ParallelModel:
+        """Switch dropout off."""
+        return self.train(False)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This rank's parameters by the plain model's names; the tied head is the embedding.
+
+        Laid out, a parameter is a DTensor of the whole shape. The last stage's copy of a tied
+        embedding comes under the embedding's name too, and must be stepped like the first stage's.
+        """
+        yield from self._parameters.items()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """This rank's weights by the plain model's names, sharing memory: save from it, load into it."""
+        return {name: item.detach() for name, item in self._parameters.items()}
+
+    def seed_dropout(self, seed: int, step: int) -> None:
+        """Set the random stream of dropout for one step, so that a resumed run repeats it.
+
+        Replicas and stages get streams of their own. Tensor-parallel ranks do too under sequence
+        parallelism, where each holds other positions; without it they must drop the same elements.
+        """
+        mesh = self.mesh
+        tensor = mesh.tensor_rank if mesh.layout.sequence_parallel else 0
+        place = (mesh.stage * mesh.num_replicas + mesh.replica) * mesh.tensor_size + tensor
+        torch.manual_seed((seed * 1_000_003 + step) * mesh.num_ranks + place)
+
+    def forward_backward(
+        self, batches: Sequence[Batch], num_valid_tokens: Tensor | float, loss_scale: float = 1.0
+    ) -> Tensor:
+        """Add the gradient of one step to ``.grad``.
+
+        The gradient is that of ``loss_scale * (sum of cross entropies / num_valid_tokens)``, summed
+        over all ranks: dividing by the count of the whole step weighs every token alike.
+
+        Args:
+            batches: this replica's micro-batches, all of one shape.
+            num_valid_tokens: labels that are not ignored, over all micro-batches and replicas.
+            loss_scale: fp16's factor.
+
+        Returns:
+            The unscaled loss summed over this replica's tokens (float32 scalar, nats); zero on stages
+            before the last. :meth:`Mesh.sum_over_stages_and_replicas` makes it the step's.
+        """
+        factor = loss_scale / torch.as_tensor(num_valid_tokens, dtype=torch.float32, device=self.device)
+        batches = [batch.to(self.device) for batch in batches]
+        if self._pipeline is not None:
+            with self._autocast():
+                total = self._pipeline.forward_backward(batches, factor)
+        else:
+            total = self._accumulate(batches, factor)
+        if not self.is_whole:
+            self._finish_gradients()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """Summed loss and number of valid tokens of ``batches`` over all replicas.
+
+        Args:
+            batches: this replica's micro-batches; every replica gives as many.
+
+        Returns:
+            Two float64 scalars, the same on every rank.
+        """
+        training = self.stage.training
+        self.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            batch = batch.to(self.device)
+            with self._autocast():
+                loss = self._pipeline.evaluate(batch) if self._pipeline else self._loss(batch)
+            if self.mesh.is_last_stage:
+                sums[0] += loss
+                sums[1] += (batch.labels != IGNORED_LABEL).sum()
+        self.train(training)
+        self.mesh.sum_over_stages_and_replicas(sums)
+        return sums[0], sums[1]
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the gradients of the whole model, the tied embedding counted once (float32 scalar)."""
+        elsewhere = "embedding.tokens.weight" if self._holds_tied_copy else ""
+        return gradients.gradient_norm(self._parameters, self.mesh, elsewhere)
+
+    def scale_gradients(self, factor: Tensor | float) -> None:
+        """Multiply every gradient by ``factor`` (clipping, undoing the loss scale)."""
+        gradients.scale_gradients(self._parameters.values(), factor)
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def _accumulate(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(batches):
+            if isinstance(self.stage, FSDPModule):
+                last = index == len(batches) - 1
+                self.stage.set_requires_gradient_sync(last)
+                self.stage.set_is_last_backward(last)
+            with self._autocast():
+                loss = self._loss(batch)
+            (loss * factor).backward()
+            total += loss.detach()
+        return total
+
+    def _finish_gradients(self) -> None:
+        gradients.finish_partial_sums(self._parameters.values())
+        if self.config.tie_word_embeddings and self.mesh.ends_group is not None:
+            gradients.sum_tied_copies(self._parameters["embedding.tokens.weight"].grad, self.mesh)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        return self.stage(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)

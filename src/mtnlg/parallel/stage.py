@@ -1,0 +1,53 @@
+"""The part of the model that one rank runs, as a module that takes and returns plain tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mtnlg.model import MegatronLmDecoder
+
+PREFIX = "decoder."
+
+
+class Stage(nn.Module):
+    """A decoder, or one stage of it, whose output is a tensor: what FSDP and the pipeline hook into.
+
+    Args:
+        decoder: the model or the part of it that this rank holds.
+        sequence_shards: parts that arriving hidden states are split into over the sequence (sequence
+            parallelism on stages after the first), so that positions cover the whole sequence.
+    """
+
+    def __init__(self, decoder: MegatronLmDecoder, sequence_shards: int = 1) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.sequence_shards = 1 if decoder.embedding is not None else sequence_shards
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            inputs: token ids [batch, sequence], or the previous stage's hidden states
+                [batch, sequence / shards, hidden].
+            labels: [batch, sequence]; used by the last stage only.
+            position_ids: [batch, sequence] or ``None``.
+            document_ids: [batch, sequence] or ``None``.
+
+        Returns:
+            The summed loss (float32 scalar) or logits on the last stage, hidden states before it.
+        """
+        if position_ids is None:
+            length = inputs.shape[1] * self.sequence_shards
+            position_ids = torch.arange(length, device=inputs.device)[None]
+        output = self.decoder(inputs, labels, position_ids, document_ids)
+        for value in (output.loss, output.logits, output.hidden):
+            if value is not None:
+                return value
+        raise AssertionError("a decoder returns a loss, logits or hidden states")

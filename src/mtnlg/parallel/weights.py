@@ -1,0 +1,59 @@
+"""Names, slices and first values of a laid-out model's weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mtnlg.config import MegatronModelConfig
+from mtnlg.model import initial_value
+from mtnlg.parallel.stage import PREFIX
+
+TIED_COPY = "head.output.weight"
+TIED_ORIGINAL = "embedding.tokens.weight"
+
+
+def canonical_name(name: str) -> str:
+    """The plain model's name of a parameter of a :class:`~mtnlg.parallel.stage.Stage`."""
+    return name.removeprefix(PREFIX)
+
+
+def local_slice(whole: Tensor, parameter: Tensor) -> Tensor:
+    """The part of ``whole`` that this rank holds of ``parameter``.
+
+    Tensor parallelism (the last axis of the mesh) divides first and FSDP divides what it left, so
+    axes are applied from the last to the first. Parts are those of ``torch.chunk``: the last ranks
+    may hold less, or nothing.
+    """
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh = parameter.device_mesh
+    part = whole
+    for axis in reversed(range(mesh.ndim)):
+        placement = parameter.placements[axis]
+        # FSDP's strided shard is a placement of its own beside Shard; both have ``dim``.
+        dim = getattr(placement, "dim", None) if not placement.is_replicate() else None
+        if dim is not None:
+            part = _chunk(part, mesh.size(axis), dim, mesh.get_local_rank(axis))
+    return part
+
+
+def _chunk(tensor: Tensor, parts: int, dim: int, index: int) -> Tensor:
+    chunks = tensor.chunk(parts, dim)
+    return chunks[index] if index < len(chunks) else tensor.narrow(dim, 0, 0)
+
+
+@torch.no_grad()
+def initialize(stage: nn.Module, config: MegatronModelConfig, seed: int) -> None:
+    """Fill this rank's part of every parameter with the numbers that one process would draw.
+
+    Whole parameters are made one at a time, so the peak is the largest of them.
+    """
+    for name, parameter in stage.named_parameters():
+        name = canonical_name(name)
+        if config.tie_word_embeddings and name == TIED_COPY:
+            name = TIED_ORIGINAL
+        whole = initial_value(name, parameter.shape, config, seed)
+        target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        target.copy_(local_slice(whole, parameter))
