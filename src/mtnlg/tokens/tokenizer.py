@@ -1,0 +1,290 @@
+"""The tokenizer: byte-level byte-pair encoding, trained, saved and loaded as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from mtnlg.config.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as CoreTokenizer
+    from torch import LongTensor, Tensor
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+DIALOGUE_ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
+END_OF_TURN = "<|end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PADDING, *DIALOGUE_ROLES.values(), END_OF_TURN)
+SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+FILE_NAME, CONFIG_NAME, SPECIAL_MAP_NAME = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
+# What other families call the end of a text, most usual first, for folders that do not say.
+_END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
+
+
+class Tokenizer:
+    """Text to token ids and back, exactly: ``decode(encode(text)) == text`` for every Unicode text.
+
+    Made by ``Tokenizer.train`` or ``Tokenizer.from_pretrained``; ids count from 0 to ``vocab_size - 1``,
+    the reserved special tokens first. A special token's name inside ordinary text (``"<|user|>"``) is
+    encoded letter by letter, so that no document can smuggle one in, unless ``allow_special`` is set.
+
+    Args:
+        definition: the content of a ``tokenizer.json``.
+        settings: the content of a ``tokenizer_config.json``, kept when saved again.
+
+    Raises:
+        DataError: the ``tokenizers`` library refuses the definition.
+    """
+
+    def __init__(self, definition: str, settings: dict[str, Any] | None = None) -> None:
+        self.definition = definition
+        self.settings = dict(settings or {})
+        self._core = _load_core(definition, "the tokenizer")
+        self._core.encode_special_tokens = True  # i.e. as ordinary text
+        vocabulary = self._core.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+
+    # -- making one
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        min_frequency: int = 2,
+        show_progress: bool = False,
+    ) -> Tokenizer:
+        """Learn the merges from ``texts``; the same texts give the same tokenizer.
+
+        Args:
+            texts: read once, in bounded pieces; memory grows with the distinct words, not the length.
+            vocab_size: tokens in all, special tokens and the 256 bytes included. A small corpus may
+                give fewer.
+            min_frequency: a pair must occur this often to be merged.
+            show_progress: let the library draw its bars on a terminal.
+
+        Raises:
+            ConfigError: ``vocab_size`` has no room for the bytes and the special tokens.
+            DataError: there is no text at all.
+        """
+        from mtnlg.tokens.training import learn_definition
+
+        if vocab_size < SMALLEST_VOCAB_SIZE:
+            raise ConfigError(
+                f"vocab_size is {vocab_size}: at least {SMALLEST_VOCAB_SIZE} are needed "
+                f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)."
+            )
+        return cls(learn_definition(texts, vocab_size, SPECIAL_TOKENS, min_frequency, show_progress))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Tokenizer:
+        """Load a Hugging Face tokenizer folder, or its ``tokenizer.json``.
+
+        Raises:
+            DataError: the folder or file is missing or damaged; the message names it.
+        """
+        path = Path(path)
+        file = path / FILE_NAME if path.is_dir() else path
+        if not file.is_file():
+            raise DataError(f"{path} is not a tokenizer: there is no {file.name} in {file.parent}.")
+        try:
+            definition = file.read_text(encoding="utf-8")
+            settings = _read_settings(file.parent)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(f"{file.parent}: the tokenizer's files are damaged: {error}") from error
+        _load_core(definition, str(file))
+        return cls(definition, settings)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the folder that ``transformers.AutoTokenizer`` and ``from_pretrained`` load."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        specials = self._special_map()
+        settings = {**_default_settings(), **self.settings, **specials}
+        (folder / FILE_NAME).write_text(self.definition, encoding="utf-8")
+        for name, content in ((CONFIG_NAME, settings), (SPECIAL_MAP_NAME, specials)):
+            text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+
+    # -- text to ids and back
+
+    @overload
+    def encode(self, text: str, return_tensors: None = None, allow_special: bool = False) -> list[int]: ...
+    @overload
+    def encode(
+        self, text: str, return_tensors: Literal["pt"], allow_special: bool = False
+    ) -> LongTensor: ...
+    def encode(
+        self, text: str, return_tensors: Literal["pt"] | None = None, allow_special: bool = False
+    ) -> list[int] | LongTensor:
+        """Token ids of ``text``, with nothing added before or after.
+
+        Args:
+            text: any Unicode text.
+            return_tensors: ``"pt"`` for a LongTensor ``[1, tokens]`` instead of a list.
+            allow_special: read the names of special tokens as those tokens.
+
+        Raises:
+            DataError: ``text`` holds half of a surrogate pair, which is no Unicode character.
+        """
+        core = self._special_core if allow_special else self._core
+        try:
+            ids = core.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text is not valid Unicode at character {error.start}: {error}") from error
+        if return_tensors is None:
+            return ids
+        if return_tensors != "pt":
+            raise ConfigError(f"return_tensors is {return_tensors!r}: give 'pt' or None.")
+        import torch
+
+        return torch.tensor([ids], dtype=torch.long)  # type: ignore[return-value]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        return [part.ids for part in self._core.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are not (yet) a whole character become U+FFFD.
+
+        Args:
+            ids: a list, or a tensor ``[tokens]`` or ``[1, tokens]``. Ids the tokenizer does not have
+                give nothing.
+            skip_special_tokens: leave special tokens out of the text.
+        """
+        return self._core.decode(_flat(ids), skip_special_tokens=skip_special_tokens)
+
+    def characters_per_token(self, texts: Iterable[str]) -> float:
+        """How much text a token holds, on average; higher is better."""
+        characters = tokens = 0
+        for text in texts:
+            characters += len(text)
+            tokens += len(self._core.encode(text, add_special_tokens=False).ids)
+        return characters / max(tokens, 1)
+
+    # -- facts
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size})"
+
+    def __getstate__(self) -> tuple[str, dict[str, Any]]:
+        return self.definition, self.settings
+
+    def __setstate__(self, state: tuple[str, dict[str, Any]]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of what decides the ids; token files carry it."""
+        return hashlib.sha256(self.definition.encode("utf-8")).hexdigest()[:16]
+
+    @property
+    def core(self) -> CoreTokenizer:
+        """The ``tokenizers`` object underneath; special tokens in text are ordinary text to it."""
+        return self._core
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Every special token's name and id."""
+        added = self._core.get_added_tokens_decoder()
+        return {token.content: index for index, token in sorted(added.items()) if token.special}
+
+    @cached_property
+    def end_of_text_id(self) -> int:
+        """The id that ends a document.
+
+        Raises:
+            DataError: this tokenizer names none.
+        """
+        named = _token_name(self.settings.get("eos_token"))
+        for name in (named, *_END_NAMES):
+            index = None if name is None else self._core.token_to_id(name)
+            if index is not None:
+                return index
+        raise DataError("the tokenizer has no end-of-text token: name one as eos_token in its config.")
+
+    @cached_property
+    def padding_id(self) -> int:
+        """The id that fills up short rows; the end-of-text id where the tokenizer has no padding."""
+        for name in (_token_name(self.settings.get("pad_token")), PADDING):
+            index = None if name is None else self._core.token_to_id(name)
+            if index is not None:
+                return index
+        return self.end_of_text_id
+
+    @cached_property
+    def _special_core(self) -> CoreTokenizer:
+        return _load_core(self.definition, "the tokenizer")
+
+    def _special_map(self) -> dict[str, Any]:
+        present = self.special_tokens
+        names: dict[str, Any] = {}
+        for key, usual in (("eos_token", END_OF_TEXT), ("bos_token", END_OF_TEXT), ("pad_token", PADDING)):
+            name = self.settings.get(key) or (usual if usual in present else None)
+            if name is not None:
+                names[key] = name
+        others = [name for name in present if name in SPECIAL_TOKENS[2:]]
+        more = self.settings.get("additional_special_tokens") or others
+        return {**names, "additional_special_tokens": more} if more else names
+
+
+def _default_settings() -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+    }
+
+
+def _load_core(definition: str, where: str) -> CoreTokenizer:
+    from tokenizers import Tokenizer as CoreTokenizer
+
+    try:
+        core = CoreTokenizer.from_str(definition)
+    except Exception as error:  # the library raises a bare Exception
+        raise DataError(f"{where} cannot be read: {error}") from error
+    core.no_truncation()
+    core.no_padding()
+    return core
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name in (SPECIAL_MAP_NAME, CONFIG_NAME):
+        file = folder / name
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise DataError(f"{file} must hold one JSON object.")
+            settings.update({key: value for key, value in content.items() if value is not None})
+    return settings
+
+
+def _token_name(entry: Any) -> str | None:
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _flat(ids: Any) -> list[int]:
+    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if isinstance(values, int):
+        return [values]
+    if values and isinstance(values[0], list):
+        if len(values) > 1:
+            raise ConfigError(f"decode takes one row of ids, not {len(values)}: decode each row.")
+        values = values[0]
+    if any(value < 0 for value in values):
+        raise ConfigError(f"token ids must not be negative; the smallest is {min(values)}.")
+    return values
