@@ -116,8 +116,10 @@ def _dispatch(arguments: list[str]) -> int:
         hint = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(VERBS)}."
         _complain(f"there is no verb {verb!r}: {hint}")
         return EXIT_USAGE
-    parsed = verb_parser(verb).parse_args(arguments[1:])
-    return _verb_module(verb).run(parsed) or EXIT_OK
+    module, parser = _verb_module(verb), verb_parser(verb)
+    parse = getattr(module, "parse", None)
+    parsed = parse(parser, arguments[1:]) if parse else parser.parse_args(arguments[1:])
+    return module.run(parsed) or EXIT_OK
 
 
 def overview() -> str:

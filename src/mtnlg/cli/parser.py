@@ -16,6 +16,19 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionH
 class VerbParser(jsonargparse.ArgumentParser):
     """A parser whose errors say what is wrong in one line and suggest the nearest option."""
 
+    def format_help(self) -> str:
+        """The help, without the lines that jsonargparse adds for whole sections."""
+        for action in self._actions:
+            if action.help == "Path to a configuration file.":
+                action.help = argparse.SUPPRESS
+        options = [action for action in self._actions if action.option_strings]
+        if len(options) > 20:
+            wanted = [
+                str(action.metavar or action.dest) for action in self._actions if not action.option_strings
+            ]
+            self.usage = " ".join([self.prog, *wanted, "[--setting=value ...]"])
+        return super().format_help()
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print ``message`` with the usage and exit with code 2."""
         options = [text for action in self._actions for text in action.option_strings]
