@@ -1,0 +1,17 @@
+"""Other people's model files: Hugging Face folders and hub names."""
+
+from mtnlg.interop.architectures import nearest_architecture
+from mtnlg.interop.hub import fetch_from_hub, looks_like_hub_name
+from mtnlg.interop.hugging_face import read_config, read_weights, write_hugging_face
+from mtnlg.interop.tensor_folder import TensorFolder, write_tensors
+
+__all__ = [
+    "TensorFolder",
+    "fetch_from_hub",
+    "looks_like_hub_name",
+    "nearest_architecture",
+    "read_config",
+    "read_weights",
+    "write_hugging_face",
+    "write_tensors",
+]

@@ -1,0 +1,38 @@
+"""A model by its name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mtnlg.config import CheckpointError
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """Whether ``name`` can be a hub name (``gpt2``, ``owner/model``) rather than a path."""
+    return bool(_HUB_NAME.fullmatch(name)) and not name.startswith((".", "/"))
+
+
+def fetch_from_hub(name: str) -> Path:
+    """The local folder of a hub model, downloaded if need be (safetensors and JSON only).
+
+    Raises:
+        CheckpointError: it cannot be had: not installed, no network, no such model.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: no such folder here, and looking on the Hugging Face hub needs "
+            "huggingface_hub (pip install huggingface_hub)."
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as error:  # the library raises many kinds, from many layers
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: no such folder here, and the Hugging Face hub gave nothing ({reason})."
+        ) from error
