@@ -1,0 +1,145 @@
+"""``train``: from a config to a trained run, in this process or on ranks that it starts or joins."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mtnlg.config import ConfigError, RunConfig
+from mtnlg.config.progress import Progress, no_progress
+from mtnlg.parallel.mesh import Mesh, build_mesh, ranks_present, resolve_layout
+from mtnlg.training.checkpoint_files import checkpoints_dir
+from mtnlg.training.events import Callbacks, CallbackSource, TrainResult
+from mtnlg.training.meter import available_cores
+from mtnlg.training.prepare import prepare
+from mtnlg.training.trainer import EvaluationHook, Trainer
+
+
+def train(
+    config: RunConfig,
+    callbacks: Sequence[CallbackSource] = (),
+    progress: Progress = no_progress,
+    evaluate: EvaluationHook | None = None,
+    fresh: bool = False,
+) -> TrainResult:
+    """Prepare the run's folder, train, and leave a checkpoint.
+
+    A folder that holds checkpoints goes on from the newest whole one. Under ``torchrun`` (or anything
+    that sets ``RANK`` and ``WORLD_SIZE``) this process is one rank; otherwise a layout of several ranks
+    starts them on this machine.
+
+    Args:
+        config: the run.
+        callbacks: told what happens, on rank 0; see ``CallbackSource``.
+        progress: told of the preparation.
+        evaluate: adds metrics to each evaluation; see ``Trainer``.
+        fresh: drop the folder's checkpoints and metrics and begin anew.
+
+    Raises:
+        ConfigError: the config does not fit the machine, the model or the data.
+        DataError: something to read is missing, damaged or has changed.
+        CheckpointError: the folder's checkpoints belong to another run or are all damaged.
+        TrainingError: training could not go on.
+    """
+    device_type = choose_device(config.training.device)
+    layout = resolve_layout(config.layout, device_type)
+    config = replace(config, layout=layout)  # validates batch sizes against the real replicas
+    if ranks_present() is not None and layout.num_ranks > 1:
+        return _join(config, device_type, callbacks, progress, evaluate, fresh)
+    if fresh:
+        forget(config.run_dir)
+    config = prepare(config, progress)
+    if layout.num_ranks == 1:
+        return train_on_rank(config, build_mesh(layout, device_type), callbacks, evaluate)
+    from mtnlg.parallel.launch import launch
+
+    return launch(_rank, layout, (config, device_type, list(callbacks), evaluate))
+
+
+def train_on_rank(
+    config: RunConfig,
+    mesh: Mesh,
+    callbacks: Sequence[CallbackSource] = (),
+    evaluate: EvaluationHook | None = None,
+) -> TrainResult:
+    """Train on ranks that are already there; every rank calls this.
+
+    Args:
+        config: prepared; see ``prepare``.
+        mesh: this rank's place.
+        callbacks: as for ``train``.
+        evaluate: as for ``train``.
+    """
+    set_threads(config.training.num_threads, mesh)
+    if config.training.deterministic:
+        torch.use_deterministic_algorithms(True)
+    listeners = Callbacks(callbacks if mesh.is_main else ())
+    return Trainer(config, mesh, listeners, evaluate).run()
+
+
+def choose_device(wanted: str | None) -> str:
+    """``cpu`` or ``cuda``: what is asked for, or the best that is present.
+
+    Raises:
+        ConfigError: a GPU is asked for and none is usable.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("training.device is cuda: torch sees no GPU here. Use training.device: cpu.")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def set_threads(wanted: int | None, mesh: Mesh) -> None:
+    """Give this rank its share of the machine's cores; alone it keeps torch's own choice."""
+    if wanted is None and mesh.num_ranks > 1:
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.num_ranks))
+        wanted = max(1, available_cores() // neighbours)
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+
+
+def forget(run_dir: str) -> None:
+    """Delete a run's checkpoints, metrics and samples; tokenizer and token files stay."""
+    shutil.rmtree(checkpoints_dir(run_dir), ignore_errors=True)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (Path(run_dir) / name).unlink(missing_ok=True)
+    shutil.rmtree(Path(run_dir) / "tensorboard", ignore_errors=True)
+
+
+def _join(
+    config: RunConfig,
+    device_type: str,
+    callbacks: Sequence[CallbackSource],
+    progress: Progress,
+    evaluate: EvaluationHook | None,
+    fresh: bool,
+) -> TrainResult:
+    """Be one of the ranks that a launcher started; rank 0 prepares for all."""
+    mesh = build_mesh(config.layout, device_type)
+    outcome: RunConfig | Exception | None = None
+    if mesh.is_main:
+        try:
+            if fresh:
+                forget(config.run_dir)
+            outcome = prepare(config, progress)
+        except Exception as error:  # all ranks must hear of it, or they wait for ever
+            outcome = error
+    shared = mesh.broadcast_object(outcome)
+    if isinstance(shared, Exception):
+        raise shared
+    assert isinstance(shared, RunConfig)
+    return train_on_rank(shared, mesh, callbacks, evaluate)
+
+
+def _rank(
+    config: RunConfig,
+    device_type: str,
+    callbacks: Sequence[CallbackSource],
+    evaluate: EvaluationHook | None,
+) -> TrainResult:
+    """What each rank started by ``train`` runs."""
+    return train_on_rank(config, build_mesh(config.layout, device_type), callbacks, evaluate)

@@ -1,0 +1,131 @@
+"""One optimizer step: micro-batches, the one loss rule, clipping, and what happens to a bad step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mtnlg.config import OptimizerConfig, TrainingError
+from mtnlg.parallel.model import ParallelModel
+from mtnlg.tokens.batch import Batch
+from mtnlg.training.loss_scale import LossScale
+from mtnlg.training.optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did.
+
+    Args:
+        loss: mean cross entropy over all valid tokens of the step, nats.
+        gradient_norm: global norm before clipping, without the loss scale.
+        applied: false where a loss or gradient was not finite, and the step changed nothing.
+    """
+
+    loss: float
+    gradient_norm: float
+    applied: bool
+
+
+class TrainingStep:
+    """Runs steps and keeps count of those that had to be skipped.
+
+    Args:
+        model: the laid-out model.
+        optimizer: over its parameters.
+        config: for the clipping norm.
+        loss_scale: 1 unless fp16 trains.
+        max_skipped: consecutive skipped steps after which training gives up. fp16's overflows do not
+            count: its own limit is the smallest loss scale.
+    """
+
+    def __init__(
+        self,
+        model: ParallelModel,
+        optimizer: Optimizer,
+        config: OptimizerConfig,
+        loss_scale: LossScale,
+        max_skipped: int,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_scale = loss_scale
+        self.clip_norm = config.clip_grad_norm
+        self.max_skipped = max_skipped
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    def run(self, batches: Sequence[Batch], num_valid_tokens: int, factor: float) -> StepOutcome:
+        """One step over ``batches``.
+
+        The gradient is that of the summed cross entropy divided by the valid tokens of the whole
+        step, over all micro-batches and ranks, so that every token weighs the same.
+
+        Args:
+            batches: this replica's micro-batches.
+            num_valid_tokens: labels that are not ignored, over all micro-batches and replicas.
+            factor: the schedule's factor of the peak learning rate.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite.
+        """
+        scale = self.loss_scale.value
+        total = self.model.forward_backward(batches, max(1, num_valid_tokens), scale)
+        summed = self.model.mesh.sum_over_stages_and_replicas(total.detach().clone())
+        norm = float(self.model.gradient_norm()) / scale
+        loss = float(summed) / max(1, num_valid_tokens)
+        applied = math.isfinite(norm) and math.isfinite(loss)
+        if applied:
+            clipping = max(1.0, norm / self.clip_norm) if self.clip_norm > 0.0 else 1.0
+            self.optimizer.step(factor, scale * clipping)
+        self.optimizer.zero_grad()
+        self._count(applied)
+        return StepOutcome(loss, norm, applied)
+
+    def _count(self, applied: bool) -> None:
+        self.loss_scale.update(applied)
+        if applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if not self.loss_scale.dynamic and self.skipped_in_a_row > self.max_skipped:
+            raise TrainingError(
+                f"the loss or its gradients were not finite in {self.skipped_in_a_row} steps in a row "
+                f"(training.max_skipped_steps is {self.max_skipped}). The weights are those of the last "
+                "good step. Lower optimizer.learning_rate, lengthen schedule.warmup_tokens, or train "
+                "with precision.dtype: float32."
+            )
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Go on from a checkpoint."""
+        self.skipped = int(state.get("skipped", 0))
+        self.skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
+
+
+def split_batch(batch: Batch, micro_batch_size: int) -> list[Batch]:
+    """Micro-batches of ``micro_batch_size`` samples; the last one may hold fewer."""
+    return [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
+
+
+def pad_batch(batch: Batch, size: int) -> Batch:
+    """``batch`` with samples added that count for nothing (their labels are ignored)."""
+    missing = size - len(batch)
+    if missing <= 0:
+        return batch
+
+    def padded(tensor: torch.Tensor | None, value: int) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        return torch.cat([tensor, tensor.new_full((missing, tensor.shape[1]), value)])
+
+    input_ids, labels = padded(batch.input_ids, 0), padded(batch.labels, -100)
+    assert input_ids is not None and labels is not None
+    return Batch(input_ids, labels, padded(batch.position_ids, 0), padded(batch.document_ids, 0))
