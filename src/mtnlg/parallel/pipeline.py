@@ -62,7 +62,8 @@ class Pipeline:
         schedule = self._schedule(len(batches), rows, columns)
         self._factor = factor
         whole = _concatenate(batches)
-        inputs = (whole.pop("input_ids"),) if self.mesh.is_first_stage else ()
+        ids = whole.pop("input_ids")
+        inputs = (ids,) if self.mesh.is_first_stage else ()
         losses: list[Tensor] = []
         if self.mesh.is_last_stage:
             schedule.step(*inputs, target=whole["labels"], losses=losses, return_outputs=False, **whole)
