@@ -116,13 +116,14 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}.") from None
 
 
-def verify_files(folder: Path, share: int = 0, num_shares: int = 1) -> None:
+def verify_files(folder: Path, share: int = 0, num_shares: int = 1, only: tuple[str, ...] = ("",)) -> None:
     """Compare files with the manifest.
 
     Args:
         folder: the checkpoint.
         share: which of ``num_shares`` equal parts of the files to read, so that ranks share the work.
         num_shares: see ``share``.
+        only: beginnings of the names to read; all by default.
 
     Raises:
         CheckpointError: naming the first file that is missing, cut short or changed.
@@ -130,7 +131,8 @@ def verify_files(folder: Path, share: int = 0, num_shares: int = 1) -> None:
     entries = read_manifest(folder)
     if STATE not in entries:
         raise CheckpointError(f"{folder} is incomplete: its manifest does not name {STATE}.")
-    for name in sorted(entries)[share::num_shares]:
+    chosen = sorted(name for name in entries if name.startswith(only))
+    for name in chosen[share::num_shares]:
         path = folder / name
         try:
             size = path.stat().st_size

@@ -11,7 +11,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,8 @@ def load_tensors(folder: Path, part: str, tensors: TensorsByName, mesh: Mesh) ->
     _check_shapes(folder / part, tensors)
     try:
         reader = HuggingFaceStorageReader(str(folder / part))
-        dcp.load(tensors, storage_reader=reader, no_dist=mesh.device_mesh is None)
+        with _quietly():
+            dcp.load(tensors, storage_reader=reader, no_dist=mesh.device_mesh is None)
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder / part} cannot be loaded: {error}") from error
 
@@ -134,6 +137,14 @@ class _Writer(HuggingFaceStorageWriter):
         return prepared
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's warning that one process saves as one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*single process.*")
+        yield
+
+
 def _begin(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -141,7 +152,8 @@ def _begin(temporary: Path) -> None:
 
 def _write(folder: Path, tensors: TensorsByName, mesh: Mesh) -> None:
     try:
-        dcp.save(tensors, storage_writer=_Writer(folder), no_dist=mesh.device_mesh is None)
+        with _quietly():
+            dcp.save(tensors, storage_writer=_Writer(folder), no_dist=mesh.device_mesh is None)
     except CheckpointException as error:
         causes = [cause for cause, _trace in error.failures.values()]
         cause = next((cause for cause in causes if isinstance(cause, OSError)), None)

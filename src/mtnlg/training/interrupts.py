@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,12 +13,16 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 class Interrupts:
     """While this context is open, signals are remembered instead of ending the process.
 
+    Args:
+        say: told once when the first signal comes.
+
     Attributes:
         received: number of the first signal, 0 before there is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.received = 0
+        self._say = say
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -41,6 +46,9 @@ class Interrupts:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.received and self._say is not None:
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+            self._say(f"{name}: finishing this step and saving. Ctrl-C again stops at once.")
         self.received = self.received or number
 
     @staticmethod

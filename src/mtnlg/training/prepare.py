@@ -16,9 +16,9 @@ from pathlib import Path
 from mtnlg.config import BlendEntry, ConfigError, DataError, RunConfig, SourceEntry
 from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress, no_progress
+from mtnlg.tokens.build_index import build_index
 from mtnlg.tokens.documents import find_files, read_documents
 from mtnlg.tokens.encode import encode_files
-from mtnlg.tokens.stream import BatchStream
 from mtnlg.tokens.token_file import TokenFile
 from mtnlg.tokens.tokenizer import Tokenizer
 from mtnlg.training.checkpoint_files import list_checkpoints, write_atomically
@@ -166,12 +166,16 @@ def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer, run_dir: Path) -> 
 
 
 def _build_index(config: RunConfig, progress: Progress) -> None:
-    progress("index", 0, 1)
-    train = BatchStream(config.data, "train", config.seed)
-    if not train.num_tokens:
-        raise DataError("data: the training split holds no tokens; look at data.split and the sources.")
-    train.batch(0, 1, 0, 1)
-    progress("index", 1, 1)
+    steps, tokens = config.stop.steps, config.stop.tokens
+    limits = [] if tokens is None else [tokens // config.data.sequence_length]
+    limits += [] if steps is None else [steps * config.batch.global_batch_size]
+    build_index(
+        config.data,
+        config.seed,
+        min(limits) if limits else None,
+        config.model.vocab_size,
+        lambda done, total: progress("index", done, total, "corpora"),
+    )
 
 
 def _stem(path: str) -> str:

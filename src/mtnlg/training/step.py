@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from mtnlg.config import OptimizerConfig, TrainingError
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.tokens.batch import Batch
@@ -113,19 +111,3 @@ class TrainingStep:
 def split_batch(batch: Batch, micro_batch_size: int) -> list[Batch]:
     """Micro-batches of ``micro_batch_size`` samples; the last one may hold fewer."""
     return [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
-
-
-def pad_batch(batch: Batch, size: int) -> Batch:
-    """``batch`` with samples added that count for nothing (their labels are ignored)."""
-    missing = size - len(batch)
-    if missing <= 0:
-        return batch
-
-    def padded(tensor: torch.Tensor | None, value: int) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        return torch.cat([tensor, tensor.new_full((missing, tensor.shape[1]), value)])
-
-    input_ids, labels = padded(batch.input_ids, 0), padded(batch.labels, -100)
-    assert input_ids is not None and labels is not None
-    return Batch(input_ids, labels, padded(batch.position_ids, 0), padded(batch.document_ids, 0))

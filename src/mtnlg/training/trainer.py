@@ -73,8 +73,7 @@ class Trainer:
             switches.max_skipped_steps,
         )
         self.stream = BatchStream(config.data, "train", config.seed)
-        validation_stream = BatchStream(config.data, "valid", config.seed)
-        self.validation = Validation(config, validation_stream) if validation_stream.num_samples else None
+        self.validation = Validation(config) if config.data.split_shares()[1] > 0.0 else None
         self.schedule = make_schedule(config.schedule)
         self.ramp = BatchRamp(config.batch, config.data.sequence_length, mesh.num_replicas)
         steps, length = config.stop.steps, config.data.sequence_length
@@ -98,7 +97,7 @@ class Trainer:
         self.model.train()
         self.clock = Clock(self.position.seconds)
         self._saved = (self._saved[0], self.position.seconds)
-        with Interrupts() as interrupts:
+        with Interrupts(self.callbacks.on_message) as interrupts:
             while True:
                 size = self.ramp.size(self.samples)
                 batch = self.stream.batch(self.samples, size, self.mesh.replica, self.mesh.num_replicas)
