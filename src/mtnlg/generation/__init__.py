@@ -3,7 +3,7 @@
 from mtnlg.generation.cache import KeyValueCache
 from mtnlg.generation.generate import Continuation, generate, next_logits
 from mtnlg.generation.sampling import SamplingRules, choose_tokens, token_probabilities
-from mtnlg.generation.text import IncrementalDecoder
+from mtnlg.generation.text import IncrementalDecoder, continuation_text
 
 __all__ = [
     "Continuation",
@@ -11,6 +11,7 @@ __all__ = [
     "KeyValueCache",
     "SamplingRules",
     "choose_tokens",
+    "continuation_text",
     "generate",
     "next_logits",
     "token_probabilities",
