@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
 from tests.parallel import workers
 from tests.ranks import RankPool
 
@@ -113,7 +112,9 @@ def _difference(one: dict[str, Any], many: list[dict[str, Any]]) -> Difference:
     return Difference(
         gradient=worst,
         loss=max(
-            abs(rank[key] - one["loss"]) / abs(one["loss"]) for rank in many for key in ("loss", "evaluated")
+            abs(rank[key] - one["loss"]) / abs(one["loss"])
+            for rank in many
+            for key in ("loss", "evaluated")
         ),
         norm=max(abs(rank["norm"] - one["norm"]) / one["norm"] for rank in many),
         weights_equal=equal_weights,

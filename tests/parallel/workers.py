@@ -80,9 +80,7 @@ def one_step(
     config = MegatronModelConfig(**model_fields)
     mesh = build_mesh(LayoutConfig(**layout_fields))
     model = lay_out(config, mesh, seed=SEED, **options)
-    weights = {
-        name: whole(item).detach().numpy().copy() for name, item in model.named_parameters()
-    }
+    weights = {name: whole(item).detach().numpy().copy() for name, item in model.named_parameters()}
     batches = make_batches(config.vocab_size, **data_fields)
     valid = sum(batch.num_valid_tokens for replica in batches for batch in replica)
     per_replica = len(batches) // mesh.num_replicas

@@ -5,4 +5,4 @@ from mtnlg.parallel.launch import launch
 from mtnlg.parallel.mesh import Mesh, build_mesh, ranks_present, resolve_layout
 from mtnlg.parallel.model import ParallelModel
 
-__all__ = ["Mesh", "ParallelModel", "build_mesh", "lay_out", "launch", "ranks_present", "resolve_layout"]
+__all__ = ["Mesh", "ParallelModel", "build_mesh", "launch", "lay_out", "ranks_present", "resolve_layout"]

@@ -30,9 +30,10 @@ def finish_partial_sums(parameters: Iterable[nn.Parameter]) -> None:
     """
     for parameter in parameters:
         gradient = parameter.grad
-        if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
-            if gradient.placements != parameter.placements:
-                parameter.grad = gradient.redistribute(placements=parameter.placements)
+        if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
+            continue
+        if gradient.placements != parameter.placements:
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
 
 
 def sum_tied_copies(gradient: Tensor | None, mesh: Mesh) -> None:

@@ -92,7 +92,9 @@ def _start_ranks(
     os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read when the ranks import torch
     try:
         with _pass_signals_on():
-            results = elastic_launch(config, _run_rank)(worker, args, num_threads, str(reports), os.getpid())
+            results = elastic_launch(config, _run_rank)(
+                worker, args, num_threads, str(reports), os.getpid()
+            )
     except ChildFailedError as error:
         raise _first_failure(reports, error) from None
     return results[0]

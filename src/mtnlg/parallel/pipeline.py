@@ -6,11 +6,13 @@ The schedules (1F1B, Narayanan et al. 2021, arXiv 2104.04473; GPipe, Huang et al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.layout import layers_of_stages
@@ -19,7 +21,7 @@ from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.stage import Stage
 from mtnlg.tokens.batch import Batch
 
-_SCHEDULES = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+_SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 
 
 def cut_stage(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
@@ -49,7 +51,7 @@ class Pipeline:
         self.mesh = mesh
         self.hidden_size = hidden_size
         self.group = mesh.axis("pipeline").get_group()
-        self._schedules: dict[tuple[int, int, int], Schedule1F1B | ScheduleGPipe] = {}
+        self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle] = {}
         self._factor = torch.ones((), device=mesh.device)
 
     def forward_backward(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
@@ -92,14 +94,14 @@ class Pipeline:
         shards = self.mesh.tensor_size if self.mesh.layout.sequence_parallel else 1
         return torch.empty(rows, columns // shards, self.hidden_size, device=self.mesh.device)
 
-    def _schedule(self, count: int, rows: int, columns: int) -> Schedule1F1B | ScheduleGPipe:
+    def _schedule(self, count: int, rows: int, columns: int) -> PipelineScheduleSingle:
         key = (count, rows, columns)
         if key not in self._schedules:
             # Batch-size ramps change the count: keep only what the present one needs.
             self._schedules = {key: self._make_schedule(count, rows, columns)}
         return self._schedules[key]
 
-    def _make_schedule(self, count: int, rows: int, columns: int) -> Schedule1F1B | ScheduleGPipe:
+    def _make_schedule(self, count: int, rows: int, columns: int) -> PipelineScheduleSingle:
         mesh = self.mesh
         hidden = self._empty_hidden(rows, columns).requires_grad_()
         ids = torch.empty(rows, columns, dtype=torch.long, device=mesh.device)
@@ -123,9 +125,9 @@ class Pipeline:
         return output * self._factor
 
 
-def _concatenate(batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _concatenate(batches: Sequence[Batch]) -> dict[str, Any]:
     """The micro-batches one after the other, which is how the schedule cuts them apart again."""
-    joined = {}
+    joined: dict[str, Any] = {}
     for name in ("input_ids", "labels", "position_ids", "document_ids"):
         parts = [getattr(batch, name) for batch in batches]
         if parts[0] is not None:

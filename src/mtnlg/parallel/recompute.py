@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import DecoderLayer, MegatronLmDecoder
 
 
 def recompute_activations(decoder: MegatronLmDecoder, what: str) -> None:
@@ -22,6 +22,7 @@ def recompute_activations(decoder: MegatronLmDecoder, what: str) -> None:
         return
     dropout = decoder.config.hidden_dropout > 0 or decoder.config.attention_dropout > 0
     for layer in decoder.layers.values():
+        assert isinstance(layer, DecoderLayer)
         block = layer if what == "full" else layer.attention
         _recompute(block, keep_random_state=dropout)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
@@ -48,7 +48,7 @@ class Replicated(ParallelStyle):
         def whole_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return tuple(DTensor.from_local(item, mesh, [Replicate()], run_check=False) for item in inputs)
 
-        def part_of_output(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        def part_of_output(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return output.redistribute(placements=[self.output]).to_local()
 
         return distribute_module(module, device_mesh, None, whole_input, part_of_output)

@@ -1,0 +1,20 @@
+import pytest
+from tests.parallel import workers
+from tests.ranks import RankError, RankPool
+
+
+def test_every_rank_answers_and_processes_are_reused(ranks: RankPool) -> None:
+    assert ranks.run(2, workers.sum_of_ranks, 10) == [11, 11]
+    assert ranks.run(1, workers.sum_of_ranks, 10) == [10]
+
+
+def test_failing_rank_fails_the_call_with_all_traces_and_the_pool_recovers() -> None:
+    pool = RankPool()
+    try:
+        with pytest.raises(RankError, match="rank one has had enough") as caught:
+            pool.run(2, workers.fail_on_rank_one)
+        assert "barrier" in str(caught.value), "where the other rank waits is told"
+        with pytest.raises(RankError, match=r"still running at(.|\n)*hang_on_rank_one"):
+            pool.run(2, workers.hang_on_rank_one, timeout=15)
+    finally:
+        pool.close()
