@@ -12,6 +12,7 @@ import torch
 
 from mtnlg.config import ConfigError, RunConfig
 from mtnlg.config.progress import Progress, no_progress
+from mtnlg.parallel.launch import join_slurm, launch
 from mtnlg.parallel.mesh import Mesh, build_mesh, ranks_present, resolve_layout
 from mtnlg.training.checkpoint_files import checkpoints_dir
 from mtnlg.training.events import Callbacks, CallbackSource, TrainResult
@@ -46,6 +47,7 @@ def train(
         CheckpointError: the folder's checkpoints belong to another run or are all damaged.
         TrainingError: training could not go on.
     """
+    join_slurm()
     device_type = choose_device(config.training.device)
     layout = resolve_layout(config.layout, device_type)
     config = replace(config, layout=layout)  # validates batch sizes against the real replicas
@@ -56,9 +58,10 @@ def train(
     config = prepare(config, progress)
     if layout.num_ranks == 1:
         return train_on_rank(config, build_mesh(layout, device_type), callbacks, evaluate)
-    from mtnlg.parallel.launch import launch
-
-    return launch(_rank, layout, (config, device_type, list(callbacks), evaluate))
+    args = (config, device_type, list(callbacks), evaluate)
+    result = launch(_rank, layout, args, device_type, config.training.num_threads)
+    assert isinstance(result, TrainResult)
+    return result
 
 
 def train_on_rank(

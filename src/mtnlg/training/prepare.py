@@ -18,7 +18,6 @@ from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.tokens.build_index import build_index
 from mtnlg.tokens.documents import find_files, read_documents
-from mtnlg.tokens.encode import encode_files
 from mtnlg.tokens.token_file import TokenFile
 from mtnlg.tokens.tokenizer import Tokenizer
 from mtnlg.training.checkpoint_files import list_checkpoints, write_atomically
@@ -137,6 +136,8 @@ def _training_texts(sources: list[SourceEntry], progress: Progress) -> Iterator[
 def _encode_sources(
     sources: list[SourceEntry], tokenizer: Tokenizer, folder: Path, notes: _Notes, progress: Progress
 ) -> list[BlendEntry]:
+    from mtnlg.tokens.encode import encode_files  # needs more imports than a run on token files does
+
     folder.mkdir(exist_ok=True)
     blend = []
     for number, source in enumerate(sources):

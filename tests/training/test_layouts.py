@@ -1,0 +1,99 @@
+"""Checkpoints know no layout: each continues in any other, and all layouts train the same run."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from tests.training.helpers import load_and_save, small_config, train_laid_out
+
+from mtnlg.config import LayoutConfig, OptimizerConfig, StopConfig
+
+LAYOUTS = {
+    "one": (1, 1, 1),
+    "tp2": (2, 1, 1),
+    "pp2": (1, 2, 1),
+    "dp2": (1, 1, 2),
+    "tp2xpp2": (2, 2, 1),
+    "tp2xdp2": (2, 1, 2),
+    "pp2xdp2": (1, 2, 2),
+}
+
+
+def layout(name: str) -> LayoutConfig:
+    tensor, pipeline, data = LAYOUTS[name]
+    return LayoutConfig(
+        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data
+    )
+
+
+def run(ranks, config, name: str, steps: int) -> dict:
+    config = replace(config, layout=layout(name), stop=StopConfig(steps=steps))
+    return ranks.run(config.layout.num_ranks, train_laid_out, config)[0]
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def reference(request, ranks, tmp_path_factory):
+    """A run of one process: its config, its losses, and its checkpoint of step 2."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = small_config(folder, optimizer=OptimizerConfig(name=request.param, learning_rate=3e-3))
+    config = replace(config, model=replace(config.model, hidden_dropout=0.0))
+    return config, run(ranks, config, "one", 6)["losses"]
+
+
+def continue_from(config, folder, step: int):
+    """A copy of the run in ``folder`` that holds only the checkpoint of ``step``."""
+    shutil.copytree(config.run_dir, folder / "run")
+    for path in (folder / "run" / "checkpoints").glob("step-*"):
+        if path.name != f"step-{step:08d}":
+            shutil.rmtree(path)
+    return replace(config, run_dir=str(folder / "run"))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_layout_continues_one_process_and_back(reference, ranks, tmp_path, name):
+    config, losses = reference
+    config = continue_from(config, tmp_path, 2)
+    there = run(ranks, config, name, 4)
+    assert sorted(there["losses"]) == [3, 4]
+    back = run(ranks, config, "one", 6)
+    for step, loss in {**there["losses"], **back["losses"]}.items():
+        assert loss == pytest.approx(losses[step], rel=2e-5), step
+
+
+def tensors_of(run_dir) -> dict:
+    """All tensors of the checkpoint of step 6, put together from their shards."""
+    parts: dict = {}
+    for path in (run_dir / "checkpoints" / "step-00000006").rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                key = (path.parent.name, name)
+                parts.setdefault(key, {})[tuple(offsets[name]["saved_offsets"])] = file.get_tensor(name)
+    return {key: join(shards) for key, shards in parts.items()}
+
+
+def join(shards: dict) -> torch.Tensor:
+    ends = [[o + n for o, n in zip(offset, part.shape)] for offset, part in shards.items()]
+    whole = torch.full([max(end) for end in zip(*ends)], torch.nan)
+    for offset, part in shards.items():
+        whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape))] = part
+    return whole
+
+
+def test_resharding_changes_no_bit(reference, ranks, tmp_path):
+    """A checkpoint that is loaded and saved by one layout after the other stays bit-equal."""
+    config, _ = reference
+    run_dir = tmp_path / "start"
+    shutil.copytree(config.run_dir, run_dir)
+    before = tensors_of(run_dir)
+    for number, name in enumerate(["tp2xpp2", "pp2xdp2", "tp2xdp2", "one"]):
+        current = replace(config, run_dir=str(run_dir), layout=layout(name))
+        run_dir = tmp_path / f"{number}-{name}"
+        run_dir.mkdir()
+        ranks.run(current.layout.num_ranks, load_and_save, current, str(run_dir))
+        after = tensors_of(run_dir)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[key], before[key]) for key in before), name
