@@ -67,6 +67,10 @@ def layout_name(case: Case) -> list[str]:
     return ["x".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1"]
 
 
+def layout_fields(tensor: int, pipeline: int, data: int) -> dict[str, Any]:
+    return dict(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data)
+
+
 @dataclass(frozen=True)
 class Difference:
     """Relative differences of a layout from one process."""
@@ -81,12 +85,7 @@ class Difference:
 def compare(pool: RankPool, case: Case, references: dict[str, Any] | None = None) -> Difference:
     """Run ``case`` and one process on the same step."""
     model = {**FAMILIES[case.family], "tie_word_embeddings": case.tied, **case.model}
-    layout = dict(
-        tensor_parallel_size=case.tensor,
-        pipeline_parallel_size=case.pipeline,
-        data_parallel_size=case.data,
-        **case.layout,
-    )
+    layout = {**layout_fields(case.tensor, case.pipeline, case.data), **case.layout}
     data = dict(rows=2, sequence=8, documents=case.documents, micro_batches=2, replicas=2)
     references = {} if references is None else references
     key = repr((sorted(model.items()), data))

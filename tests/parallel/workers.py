@@ -10,9 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mtnlg.config import LayoutConfig, MegatronModelConfig
-from mtnlg.parallel import ParallelModel, build_mesh, lay_out
+from mtnlg.config import LayoutConfig, MegatronModelConfig, OptimizerConfig, PrecisionConfig
+from mtnlg.parallel import Mesh, ParallelModel, build_mesh, lay_out
 from mtnlg.tokens.batch import IGNORED_LABEL, Batch
+from mtnlg.training import checkpoint_files as files
+from mtnlg.training.checkpoints import load_tensors, save_checkpoint
+from mtnlg.training.loss_scale import LossScale
+from mtnlg.training.optimizers import Optimizer
+from mtnlg.training.step import TrainingStep
 
 SEED = 7
 
@@ -36,10 +41,16 @@ def hang_on_rank_one() -> None:
 
 
 def make_batches(
-    vocab_size: int, rows: int, sequence: int, documents: bool, micro_batches: int, replicas: int
+    vocab_size: int,
+    rows: int,
+    sequence: int,
+    documents: bool,
+    micro_batches: int,
+    replicas: int,
+    seed: int = 11,
 ) -> list[list[Batch]]:
     """Micro-batches of each replica: masked labels of unequal counts, documents if asked for."""
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     made = []
     for replica in range(replicas):
         mine = []
@@ -56,6 +67,14 @@ def make_batches(
             mine.append(batch)
         made.append(mine)
     return made
+
+
+def share_of(batches: list[list[Batch]], mesh: Mesh) -> list[Batch]:
+    """The micro-batches of this rank's replica."""
+    count = len(batches) // mesh.num_replicas
+    return [
+        batch for replica in batches[mesh.replica * count : (mesh.replica + 1) * count] for batch in replica
+    ]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -83,12 +102,7 @@ def one_step(
     weights = {name: whole(item).detach().numpy().copy() for name, item in model.named_parameters()}
     batches = make_batches(config.vocab_size, **data_fields)
     valid = sum(batch.num_valid_tokens for replica in batches for batch in replica)
-    per_replica = len(batches) // mesh.num_replicas
-    mine = [
-        batch
-        for replica in batches[mesh.replica * per_replica : (mesh.replica + 1) * per_replica]
-        for batch in replica
-    ]
+    mine = share_of(batches, mesh)
     loss = mesh.sum_over_stages_and_replicas(model.forward_backward(mine, valid))
     evaluated, counted = model.evaluate(mine)
     return {
@@ -99,4 +113,49 @@ def one_step(
         "norm": model.gradient_norm().item(),
         "gradients": whole_gradients(model),
         "weights": weights,
+    }
+
+
+def whole_state(model: ParallelModel, optimizer: Optimizer) -> dict[str, Any]:
+    state = {**model.state_dict(), **optimizer.state_dict()}
+    return {name: whole(tensor).detach().numpy().copy() for name, tensor in state.items()}
+
+
+def continue_training(
+    model_fields: dict[str, Any],
+    layout_fields: dict[str, Any],
+    optimizer_fields: dict[str, Any],
+    run_dir: str,
+    step: int,
+    num_steps: int,
+) -> dict[str, Any]:
+    """Go on from the checkpoint of ``step`` (0: from the beginning), and save after ``num_steps``.
+
+    Returns:
+        The state as loaded and as saved, the loss of each step.
+    """
+    config = MegatronModelConfig(**model_fields)
+    mesh = build_mesh(LayoutConfig(**layout_fields))
+    model = lay_out(config, mesh, seed=SEED if step == 0 else SEED + 1)  # what is loaded is told apart
+    optimizer_config = OptimizerConfig(learning_rate=0.02, muon_learning_rate=0.02, **optimizer_fields)
+    optimizer = Optimizer(model.named_parameters(), optimizer_config)
+    if step:
+        folder = files.checkpoints_dir(run_dir) / files.checkpoint_name(step)
+        load_tensors(folder, "weights", model.state_dict(), mesh)
+        load_tensors(folder, "optimizer", optimizer.state_dict(), mesh)
+        optimizer.steps = step
+    loaded = whole_state(model, optimizer)
+    training = TrainingStep(model, optimizer, optimizer_config, LossScale(PrecisionConfig()), 0)
+    outcomes = []
+    for number in range(step, step + num_steps):
+        batches = make_batches(config.vocab_size, 2, 8, False, 2, 2, seed=number)
+        valid = sum(batch.num_valid_tokens for replica in batches for batch in replica)
+        outcomes.append(training.run(share_of(batches, mesh), valid, factor=1.0))
+    parts = {"weights": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save_checkpoint(run_dir, step + num_steps, parts, {}, mesh)
+    return {
+        "loaded": loaded,
+        "saved": whole_state(model, optimizer),
+        "losses": [outcome.loss for outcome in outcomes],
+        "norms": [outcome.gradient_norm for outcome in outcomes],
     }
