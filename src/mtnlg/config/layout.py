@@ -106,11 +106,12 @@ def layout_problems(
             f"layout.pipeline_parallel_size is {pipeline}: more stages than "
             f"model.num_hidden_layers ({model.num_hidden_layers})."
         )
-    if pipeline > 1 and micro_batches < pipeline:
+    if layout.pipeline_schedule == "1f1b" and pipeline > 1 and micro_batches < pipeline:
         problems.append(
             f"layout.pipeline_parallel_size is {pipeline}: each replica needs at least as many "
             f"micro-batches a step as stages, and has {micro_batches}; raise "
-            "batch.global_batch_size or lower batch.micro_batch_size."
+            "batch.global_batch_size, lower batch.micro_batch_size, or use "
+            "layout.pipeline_schedule: gpipe."
         )
     return problems
 

@@ -1,0 +1,81 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtnlg.config import ConfigError, LayoutConfig, MegatronModelConfig, layout_problems
+from mtnlg.config.layout import layers_of_stages
+
+MODEL = MegatronModelConfig(vocab_size=101, hidden_size=48, num_hidden_layers=5, num_attention_heads=6)
+
+
+def test_out_of_range_sizes_are_all_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LayoutConfig(tensor_parallel_size=0, pipeline_parallel_size=-1, pipeline_schedule="zigzag")
+    assert len(caught.value.problems) == 3
+    assert "choose one of 1f1b, gpipe" in str(caught.value)
+
+
+def test_everything_that_does_not_fit_is_listed_at_once() -> None:
+    layout = LayoutConfig(tensor_parallel_size=4, pipeline_parallel_size=6)
+    model = MegatronModelConfig(
+        vocab_size=3, hidden_size=48, num_hidden_layers=5, num_attention_heads=6, intermediate_size=50
+    )
+    problems = layout_problems(layout, model, sequence_length=30, micro_batches=2)
+    named = ["num_attention_heads", "num_key_value_heads", "intermediate_size", "vocabulary"]
+    named += ["data.sequence_length is 30", "more stages", "micro-batches"]
+    assert len(problems) == len(named)
+    for name, problem in zip(named, problems):
+        assert name in problem
+
+
+@pytest.mark.parametrize(
+    ("layout", "sequence", "micro_batches"),
+    [
+        (LayoutConfig(tensor_parallel_size=3, pipeline_parallel_size=5), 30, 5),
+        (LayoutConfig(tensor_parallel_size=2, sequence_parallel=False), 31, 1),
+        (LayoutConfig(pipeline_parallel_size=4, pipeline_schedule="gpipe"), 31, 2),
+        (LayoutConfig(data_parallel_size=7), 31, 1),
+    ],
+)
+def test_what_fits_has_no_problems(layout: LayoutConfig, sequence: int, micro_batches: int) -> None:
+    assert layout_problems(layout, MODEL, sequence, micro_batches) == []
+
+
+def counts(model: MegatronModelConfig, stages: int) -> list[int]:
+    return [len(layers) for layers in layers_of_stages(model, stages)]
+
+
+def test_ends_count_as_work_where_the_config_says_so() -> None:
+    fields = dict(vocab_size=50000, hidden_size=64, num_hidden_layers=140, num_attention_heads=4)
+
+    def division(first: bool, last: bool) -> list[int]:
+        return counts(MegatronModelConfig(**fields, pre_process_first=first, post_process_last=last), 4)
+
+    assert division(False, False) == [35, 35, 35, 35]
+    first_only, last_only = division(True, False), division(False, True)
+    assert first_only[0] < 35 and first_only[1:] == sorted(first_only[1:])
+    assert last_only[-1] < 35
+    both = division(True, True)
+    assert both[0] == both[-1] < both[1]
+
+
+def test_mt_nlg_divides_as_it_was_trained() -> None:
+    assert counts(MegatronModelConfig.from_preset("mt-nlg-530b"), 35) == [3] * 35
+
+
+@given(layers=st.integers(1, 60), stages=st.integers(1, 12), vocab=st.integers(1, 20000))
+def test_every_layer_runs_once_in_order_and_work_is_even(layers: int, stages: int, vocab: int) -> None:
+    stages = min(stages, layers)
+    model = MegatronModelConfig(
+        vocab_size=vocab, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2
+    )
+    division = layers_of_stages(model, stages)
+    assert [index for part in division for index in part] == list(range(layers))
+    assert all(len(part) >= 1 for part in division)
+    end = model.vocab_size * model.hidden_size / model.num_parameters_per_layer
+    work = [float(len(part)) for part in division]
+    work[0] += end
+    work[-1] += end
+    busiest = max(range(stages), key=work.__getitem__)
+    if len(division[busiest]) > 1:  # moving one of its layers elsewhere would help nobody
+        assert work[busiest] <= min(work) + 1 + 1e-9
