@@ -52,7 +52,9 @@ def draw_loss_curve(run_dir: str | Path, path: str | Path | None = None, title: 
     axes = figure.add_subplot()
     axes.plot(*zip(*losses["train"]), color="#7aa6d1", linewidth=1, label="training")
     if losses["validation"]:
-        axes.plot(*zip(*losses["validation"]), color="#c0392b", marker="o", markersize=3, label="validation")
+        axes.plot(
+            *zip(*losses["validation"]), color="#c0392b", marker="o", markersize=3, label="validation"
+        )
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(title)

@@ -1,0 +1,75 @@
+"""The config of the demo: as much as two CPU cores learn in a few minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mtnlg.config.data import DataConfig, SourceEntry, TokenizerConfig
+from mtnlg.config.model import MegatronModelConfig
+from mtnlg.config.run import RunConfig
+from mtnlg.config.training import (
+    BatchConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    StopConfig,
+)
+
+DEMO_MINUTES = 3.0
+DEMO_VOCAB_SIZE = 6144
+CHINESE_PROMPTS = ("春风", "# 秋夜\n", "外婆的院子")
+ENGLISH_PROMPTS = ("The value of the expression", "def read(self")
+
+
+def demo_config(
+    run_dir: str | Path,
+    english: str | Path,
+    code: str | Path,
+    chinese: str | Path | None = None,
+    minutes: float = DEMO_MINUTES,
+    prompts: Sequence[str] = (),
+) -> RunConfig:
+    """A small decoder of the Llama family, trained on a blend for a fixed time.
+
+    Args:
+        run_dir: the folder that becomes the run.
+        english: documents in English.
+        code: documents of Python code.
+        chinese: documents in Chinese; ``None`` trains without.
+        minutes: of training.
+        prompts: continued once at the end.
+
+    Raises:
+        ConfigError: ``minutes`` is not above 0.
+    """
+    weights = {english: 0.35, code: 0.25, chinese: 0.4}
+    sources = [SourceEntry(str(path), weight) for path, weight in weights.items() if path is not None]
+    model = MegatronModelConfig(
+        vocab_size=DEMO_VOCAB_SIZE,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=704,
+        max_position_embeddings=512,
+        position_embedding="rotary",
+        normalization="rmsnorm",
+        activation_function="swiglu",
+        attention_bias=False,
+        mlp_bias=False,
+    )
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=DEMO_VOCAB_SIZE, sets_vocab_size=True),
+        data=DataConfig(sources=sources, split="90,5,5", sequence_length=256),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        schedule=ScheduleConfig(name="wsd", warmup_tokens=40_000, wsd_decay_share=0.3),
+        batch=BatchConfig(micro_batch_size=8, global_batch_size=8),
+        stop=StopConfig(minutes=minutes),
+        evaluation=EvaluationConfig(interval_steps=100, num_batches=6, prompts=list(prompts)),
+        checkpoint=CheckpointConfig(interval_steps=0, interval_minutes=0.5, keep_last=1),
+        logging=LoggingConfig(interval_steps=5),
+    )
