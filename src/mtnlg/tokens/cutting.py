@@ -42,3 +42,42 @@ def cut(text: str, characters: int, own_pattern: bool = True) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
+
+
+class Cutter:
+    """Cuts a text that arrives in blocks; what follows the last safe place waits for the next block.
+
+    Args:
+        own_pattern: the tokenizer uses our split pattern.
+        cuttable: ``False`` keeps every text whole, for tokenizers whose pieces are not known.
+    """
+
+    def __init__(self, own_pattern: bool = True, cuttable: bool = True) -> None:
+        self._places = _PLACES_OWN if own_pattern else _PLACES
+        self._cuttable = cuttable
+        self._held: list[str] = []
+
+    def feed(self, block: str) -> str:
+        """The text that is ready to be encoded; may be empty."""
+        end = self._last_place(block) if self._cuttable else 0
+        if not end:
+            self._held.append(block)
+            return ""
+        ready = "".join([*self._held, block[:end]])
+        self._held = [block[end:]]
+        return ready
+
+    def rest(self) -> str:
+        """What waits, once the text is over."""
+        ready = "".join(self._held)
+        self._held = []
+        return ready
+
+    def _last_place(self, block: str) -> int:
+        window = 1024
+        while True:
+            start = max(len(block) - window, 0)
+            ends = [m.start() if m.group() == " " else m.end() for m in self._places.finditer(block, start)]
+            if ends or not start:
+                return ends[-1] if ends else 0
+            window *= 8

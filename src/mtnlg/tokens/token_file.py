@@ -31,7 +31,7 @@ class TokenFile:
             the vocabulary; the message names the file and what is wrong.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int | None = None) -> None:
         self.prefix = bare_prefix(prefix)
         self.index_path, self.token_path = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
         for path in (self.index_path, self.token_path):
@@ -137,7 +137,7 @@ class TokenFile:
         return min(int(block.min()) for block in blocks), max(int(block.max()) for block in blocks)
 
 
-def bare_prefix(prefix: str | Path) -> str:
+def bare_prefix(prefix: str | os.PathLike[str]) -> str:
     """``prefix`` without a ``.bin`` or ``.idx`` ending."""
     text = os.fspath(prefix)
     return text[:-4] if text.endswith((".bin", ".idx")) else text

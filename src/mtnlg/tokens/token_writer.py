@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mtnlg.config.errors import ConfigError, DataError
 from mtnlg.tokens.index_format import CODES, LONGEST_SEQUENCE, pack_header, token_dtype
-from mtnlg.tokens.token_file import bare_prefix
+from mtnlg.tokens.token_file import TokenFile, bare_prefix
 
 _BLOCK = 1 << 20  # entries held in memory while the index is written
 
@@ -40,7 +40,7 @@ class TokenFileWriter:
 
     def __init__(
         self,
-        prefix: str | Path,
+        prefix: str | os.PathLike[str],
         vocab_size: int,
         dtype: npt.DTypeLike | None = None,
         facts: dict[str, Any] | None = None,
@@ -56,7 +56,7 @@ class TokenFileWriter:
         self.largest_id = -1
         folder = Path(self.prefix).parent
         folder.mkdir(parents=True, exist_ok=True)
-        self._open_length = 0  # tokens of the sequence that is being written
+        self.open_length = 0  # tokens of the sequence that is being written
         self._sequences_before = 0  # sequences when the open document began
         self._temporary: list[str] = []
         self._tokens = self._temporary_file(folder)
@@ -72,15 +72,19 @@ class TokenFileWriter:
         self.end_document()
 
     def add_documents(self, ids: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Append many documents at once.
+        """Append many documents at once, of one sequence each; the first continues the open one.
 
         Args:
             ids: [tokens] of all of them, end to end.
-            lengths: [documents] tokens of each; they sum to ``len(ids)``.
+            lengths: [documents] how many of ``ids`` each has; they sum to ``len(ids)``.
         """
-        if self._open_length:
-            raise ValueError("end the open document before adding others")
+        if not len(lengths):
+            return
         self._write_tokens(ids)
+        lengths = lengths.astype(np.int64)
+        lengths[0] += self.open_length
+        self._require_length(int(lengths.max()))
+        self.open_length = 0
         present = lengths[lengths > 0].astype(np.int32)
         self._lengths.write(present.tobytes())
         bounds = self.num_sequences + np.cumsum(lengths > 0, dtype=np.int64)
@@ -91,18 +95,18 @@ class TokenFileWriter:
 
     def add_tokens(self, ids: Sequence[int] | npt.NDArray[Any]) -> None:
         """Append ids to the sequence that is being written."""
-        self._open_length += self._write_tokens(np.asarray(ids))
-        if self._open_length > LONGEST_SEQUENCE:
+        self.open_length += self._write_tokens(np.asarray(ids))
+        if self.open_length > LONGEST_SEQUENCE:
             raise DataError(
                 f"{self.prefix}: one sequence is longer than the {LONGEST_SEQUENCE} tokens allowed."
             )
 
     def end_sequence(self) -> None:
         """Close the sequence that is being written; a document may have several."""
-        if self._open_length:
-            self._lengths.write(np.asarray([self._open_length], np.int32).tobytes())
+        if self.open_length:
+            self._lengths.write(np.asarray([self.open_length], np.int32).tobytes())
             self.num_sequences += 1
-            self._open_length = 0
+            self.open_length = 0
 
     def end_document(self) -> None:
         """Close the document that is being written."""
@@ -110,6 +114,28 @@ class TokenFileWriter:
         self._bounds.write(np.asarray([self.num_sequences], np.int64).tobytes())
         self.num_documents += 1
         self._sequences_before = self.num_sequences
+
+    def append_file(self, file: TokenFile) -> None:
+        """Append every document of another token file."""
+        if self._document_is_open():
+            self.end_document()
+        for start in range(0, file.num_tokens, _BLOCK):
+            self._write_tokens(file.tokens[start : start + _BLOCK])
+        for start in range(0, len(file), _BLOCK):
+            self._lengths.write(file.lengths[start : start + _BLOCK].tobytes())
+        for start in range(1, len(file.document_bounds), _BLOCK):
+            bounds = file.document_bounds[start : start + _BLOCK] + self.num_sequences
+            self._bounds.write(bounds.tobytes())
+        self.num_sequences += len(file)
+        self.num_documents += file.num_documents
+        self._sequences_before = self.num_sequences
+
+    def _document_is_open(self) -> bool:
+        return self.open_length > 0 or self.num_sequences > self._sequences_before
+
+    def _require_length(self, tokens: int) -> None:
+        if tokens > LONGEST_SEQUENCE:
+            raise DataError(f"{self.prefix}: a sequence is longer than {LONGEST_SEQUENCE} tokens.")
 
     def _write_tokens(self, ids: npt.NDArray[Any]) -> int:
         if not len(ids):
@@ -146,7 +172,7 @@ class TokenFileWriter:
     def close(self) -> None:
         """Write the index and put the files in place."""
         try:
-            if self._open_length or self.num_sequences > self._sequences_before:
+            if self._document_is_open():
                 self.end_document()
             index = self._temporary_file(Path(self.prefix).parent)
             self._write_index(index)

@@ -41,15 +41,18 @@ class Tokenizer:
     Args:
         definition: the content of a ``tokenizer.json``.
         settings: the content of a ``tokenizer_config.json``, kept when saved again.
+        where: what to call it in errors.
 
     Raises:
         DataError: the ``tokenizers`` library refuses the definition.
     """
 
-    def __init__(self, definition: str, settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, definition: str, settings: dict[str, Any] | None = None, where: str = "the tokenizer"
+    ) -> None:
         self.definition = definition
         self.settings = dict(settings or {})
-        self._core = _load_core(definition, "the tokenizer")
+        self._core = _load_core(definition, where)
         self._core.encode_special_tokens = True  # i.e. as ordinary text
         vocabulary = self._core.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
@@ -102,8 +105,7 @@ class Tokenizer:
             settings = _read_settings(file.parent)
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"{file.parent}: the tokenizer's files are damaged: {error}") from error
-        _load_core(definition, str(file))
-        return cls(definition, settings)
+        return cls(definition, settings, where=str(file))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the folder that ``transformers.AutoTokenizer`` and ``from_pretrained`` load."""
