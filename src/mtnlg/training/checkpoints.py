@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -74,12 +75,14 @@ def load_tensors(folder: Path, part: str, tensors: TensorsByName, mesh: Mesh) ->
     Raises:
         CheckpointError: the checkpoint does not hold what is asked for.
     """
-    _check_shapes(folder / part, tensors)
     try:
+        _check_shapes(folder / part, tensors)
         reader = HuggingFaceStorageReader(str(folder / part))
         with _quietly():
             dcp.load(tensors, storage_reader=reader, no_dist=mesh.device_mesh is None)
-    except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+    except CheckpointError:
+        raise
+    except (CheckpointException, SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder / part} cannot be loaded: {error}") from error
 
 

@@ -17,7 +17,8 @@ from mtnlg.config import BlendEntry, ConfigError, DataError, RunConfig, SourceEn
 from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.tokens.build_index import build_index
-from mtnlg.tokens.documents import find_files, read_documents
+from mtnlg.tokens.documents import read_documents
+from mtnlg.tokens.sources import find_files
 from mtnlg.tokens.token_file import TokenFile
 from mtnlg.tokens.tokenizer import Tokenizer
 from mtnlg.training.checkpoint_files import list_checkpoints, write_atomically
@@ -187,7 +188,8 @@ def _stem(path: str) -> str:
 
 def _source_origin(source: SourceEntry) -> str:
     """Changes when the files of a source do: their names, sizes and times."""
-    facts = [f"{path} {(s := path.stat()).st_size} {s.st_mtime_ns}" for path in find_files([source.path])]
+    files = find_files([source.path])
+    facts = [f"{file.path} {file.size} {Path(file.path).stat().st_mtime_ns}" for file in files]
     return _origin([source.path, source.text_key, *facts])
 
 
