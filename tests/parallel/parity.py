@@ -82,17 +82,26 @@ class Difference:
     tied_copies_equal: bool
 
 
-def compare(pool: RankPool, case: Case, references: dict[str, Any] | None = None) -> Difference:
+def compare(
+    pool: RankPool, case: Case, references: dict[str, Any] | None = None, timeout: float = 120.0
+) -> Difference:
     """Run ``case`` and one process on the same step."""
     model = {**FAMILIES[case.family], "tie_word_embeddings": case.tied, **case.model}
     layout = {**layout_fields(case.tensor, case.pipeline, case.data), **case.layout}
-    data = dict(rows=2, sequence=8, documents=case.documents, micro_batches=2, replicas=2)
+    data = dict(
+        rows=2,
+        sequence=8,
+        documents=case.documents,
+        micro_batches=max(2, case.pipeline),
+        replicas=max(2, case.data),
+    )
+    precision = {"precision": case.options.get("precision", "float32")}
     references = {} if references is None else references
-    key = repr((sorted(model.items()), data))
+    key = repr((sorted(model.items()), data, precision))
     if key not in references:
-        references[key] = pool.run(1, workers.one_step, model, {"data_parallel_size": 1}, data, {})[0]
+        references[key] = pool.run(1, workers.one_step, model, layout_fields(1, 1, 1), data, precision)[0]
     one = references[key]
-    many = pool.run(case.size, workers.one_step, model, layout, data, case.options)
+    many = pool.run(case.size, workers.one_step, model, layout, data, case.options, timeout=timeout)
     return _difference(one, many)
 
 
