@@ -38,6 +38,7 @@ class EncodeReport:
         seconds: of wall time.
         num_tasks: that the job was divided into.
         num_resumed: of them that an earlier, interrupted run had finished.
+        engine: what encoded.
     """
 
     prefix: str
@@ -48,6 +49,7 @@ class EncodeReport:
     seconds: float
     num_tasks: int
     num_resumed: int
+    engine: str
 
     @property
     def characters_per_token(self) -> float:
@@ -187,6 +189,7 @@ def _merge(
             part = TokenFile(folder / f"{number:06d}")
             writer.append_file(part)
             counts.add(part.facts["counts"])
+            writer.facts["engine"] = part.facts.get("engine")
             progress("joining the parts", number + 1, len(plan.tasks), "parts")
         if not writer.num_tokens:
             raise DataError(f"{prefix}: there is no text in the {counts.documents} documents found.")
@@ -205,4 +208,5 @@ def _report(prefix: str, facts: dict[str, Any], began: float, tasks: int, resume
         seconds=time.monotonic() - began,
         num_tasks=tasks,
         num_resumed=resumed,
+        engine=str(facts.get("engine")),
     )

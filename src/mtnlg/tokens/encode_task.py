@@ -93,7 +93,7 @@ class Encoding:
                     counts.num_bytes += fragment.num_bytes
                     batch.add(fragment.text, fragment.last)
             batch.flush()
-            writer.facts["counts"] = vars(counts)
+            writer.facts |= {"counts": vars(counts), "engine": self.encoder.name}
         report(counts)
         return counts
 
