@@ -60,6 +60,22 @@ def test_ctrl_c_reaches_each_rank_once_and_the_ranks_finish(tmp_path: Path) -> N
     assert signal.getsignal(number) == before
 
 
+@posix_only
+def test_second_ctrl_c_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
+    def tell() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+    threading.Thread(target=tell).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        launch(launch_workers.do_not_listen, TWO, (str(tmp_path),))
+    assert time.monotonic() - begun < 50
+
+
 def test_open_data_parallel_size_takes_the_ranks_present(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_layout(TWO, "cpu").data_parallel_size == 1
     monkeypatch.setenv("RANK", "0")

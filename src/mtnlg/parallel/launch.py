@@ -144,18 +144,26 @@ def _use_threads(num_threads: int) -> None:
 
 
 @contextmanager
-def _pass_signals_on() -> Iterator[None]:
-    """While inside, send SIGINT and SIGTERM to the ranks instead of ending this process."""
+def _pass_signals_on() -> Iterator[list[int]]:
+    """While inside, send SIGINT and SIGTERM to the ranks instead of ending this process.
+
+    A second Ctrl-C kills them: a rank that waits for another one inside of C++ hears no signals.
+    """
+    received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        at_once = number == signal.SIGINT and bool(received)
+        received.append(number)
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 with suppress(ProcessLookupError):
-                    os.kill(child.pid, number)
+                    os.kill(child.pid, signal.SIGKILL if at_once else number)
+        if at_once:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, pass_on) for number in FORWARDED_SIGNALS}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
