@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from mtnlg.config.errors import ConfigError
+
+ENCODING_ERRORS = ("strict", "replace", "ignore")
 
 
 @dataclass
@@ -65,10 +68,13 @@ class DataConfig:
     Args:
         blend: token files with their weights. Exclusive with ``sources``.
         sources: raw files to tokenize and encode first (kept in the run's folder).
-        split: shares of train, validation and test documents, e.g. ``98,1,1``.
+        split: shares of train, validation and test documents, e.g. ``98,1,1``: contiguous ranges of
+            each file; a file of too few documents is cut by tokens.
         sequence_length: tokens of one sample (each sample reads one more for its labels).
+        encoding_errors: what to do with bytes of ``sources`` that are not UTF-8: ``strict`` stops and
+            says where, ``replace`` and ``ignore`` go on.
         reset_at_document_boundaries: attention and positions start anew at each document.
-        cache_dir: where index files are kept; ``None`` is beside the token files.
+        cache_dir: where index files are kept; ``None`` is ``PREFIX.index`` beside each token file.
         seed: of the shuffles; ``None`` is the run's seed.
     """
 
@@ -76,6 +82,7 @@ class DataConfig:
     sources: list[SourceEntry] = field(default_factory=list)
     split: str = "98,1,1"
     sequence_length: int = 1024
+    encoding_errors: str = "strict"
     reset_at_document_boundaries: bool = False
     cache_dir: str | None = None
     seed: int | None = None
@@ -84,12 +91,19 @@ class DataConfig:
         problems = []
         if self.sequence_length < 1:
             problems.append(f"data.sequence_length is {self.sequence_length}: it must be at least 1.")
+        if self.encoding_errors not in ENCODING_ERRORS:
+            problems.append(
+                f"data.encoding_errors is {self.encoding_errors!r}: choose one of "
+                f"{', '.join(ENCODING_ERRORS)}."
+            )
         if self.blend and self.sources:
             problems.append("data.blend and data.sources are both given: give only one of them.")
         entries: list[BlendEntry | SourceEntry] = [*self.blend, *self.sources]
         for entry in entries:
-            if entry.weight is not None and not entry.weight > 0:
-                problems.append(f"data: weight of {entry.path} is {entry.weight}: it must be above 0.")
+            if entry.weight is not None and not 0 < entry.weight < math.inf:
+                problems.append(
+                    f"data: weight of {entry.path} is {entry.weight}: it must be a finite number above 0."
+                )
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             problems.append("data.sources: give a weight to every source or to none.")
@@ -110,7 +124,8 @@ class DataConfig:
             shares = [float(part) for part in self.split.split(",")]
         except ValueError:
             shares = []
-        if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
+        finite = all(math.isfinite(share) for share in shares)
+        if len(shares) != 3 or not finite or min(shares) < 0 or shares[0] <= 0:
             raise ValueError(
                 f"data.split is {self.split!r}: give three numbers such as 98,1,1 "
                 "(train, validation, test)."

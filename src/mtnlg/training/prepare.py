@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from mtnlg.config import BlendEntry, ConfigError, DataError, RunConfig, SourceEntry
+from mtnlg.config import BlendEntry, ConfigError, DataConfig, DataError, RunConfig, SourceEntry
 from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.tokens.build_index import build_index
@@ -55,7 +55,7 @@ def prepare(config: RunConfig, progress: Progress = no_progress) -> RunConfig:
     notes = _Notes(run_dir / _NOTES, begun=bool(list_checkpoints(run_dir)))
     tokenizer = _tokenizer(config, run_dir, notes, progress)
     if config.data.sources:
-        blend = _encode_sources(config.data.sources, tokenizer, run_dir / "data", notes, progress)
+        blend = _encode_sources(config.data, tokenizer, run_dir / "data", notes, progress)
         config = replace(config, data=replace(config.data, sources=[], blend=blend))
     config = _with_vocabulary(config, tokenizer, run_dir)
     for entry in config.data.blend:
@@ -100,6 +100,8 @@ class _Notes:
 def _tokenizer(config: RunConfig, run_dir: Path, notes: _Notes, progress: Progress) -> Tokenizer:
     folder = run_dir / "tokenizer"
     given = config.tokenizer.path
+    if given is not None and Path(given).resolve() == folder.resolve():
+        return Tokenizer.from_pretrained(folder)
     if given is not None:
         tokenizer = Tokenizer.from_pretrained(given)
         origin = f"tokenizer {tokenizer.fingerprint}"
@@ -113,39 +115,47 @@ def _tokenizer(config: RunConfig, run_dir: Path, notes: _Notes, progress: Progre
         raise ConfigError("data.blend needs tokenizer.path: the tokenizer its files were made with.")
     origin = _origin([str(config.tokenizer.vocab_size), *map(_source_origin, config.data.sources)])
     if not notes.is_done("tokenizer", origin, folder / "tokenizer.json"):
-        texts = _training_texts(config.data.sources, progress)
+        texts = _training_texts(config.data, progress)
         Tokenizer.train(texts, config.tokenizer.vocab_size).save_pretrained(folder)
         notes.set_done("tokenizer", origin)
     return Tokenizer.from_pretrained(folder)
 
 
-def _training_texts(sources: list[SourceEntry], progress: Progress) -> Iterator[str]:
+def _training_texts(data: DataConfig, progress: Progress) -> Iterator[str]:
     """Texts of all sources in turn, each up to its share of ``TOKENIZER_TEXT_CHARACTERS``."""
-    share = TOKENIZER_TEXT_CHARACTERS // len(sources)
+    share = TOKENIZER_TEXT_CHARACTERS // len(data.sources)
     total = 0
-    for source in sources:
+    for source in data.sources:
         seen = 0
-        for document in read_documents([source.path], text_key=source.text_key):
+        for document in read_documents([source.path], source.text_key, data.encoding_errors):
             yield document.text
             seen += len(document.text)
-            progress("tokenizer", total + seen, None, "characters")
+            progress("training the tokenizer", total + seen, None, "characters")
             if seen >= share:
                 break
         total += seen
 
 
 def _encode_sources(
-    sources: list[SourceEntry], tokenizer: Tokenizer, folder: Path, notes: _Notes, progress: Progress
+    data: DataConfig, tokenizer: Tokenizer, folder: Path, notes: _Notes, progress: Progress
 ) -> list[BlendEntry]:
     from mtnlg.tokens.encode import encode_files  # needs more imports than a run on token files does
 
     folder.mkdir(exist_ok=True)
     blend = []
-    for number, source in enumerate(sources):
+    for number, source in enumerate(data.sources):
         prefix = folder / f"{number:02d}-{_stem(source.path)}"
-        origin = _origin([tokenizer.fingerprint, _source_origin(source)])
+        origin = _origin([tokenizer.fingerprint, data.encoding_errors, _source_origin(source)])
         if not notes.is_done(prefix.name, origin, Path(f"{prefix}.idx")):
-            encode_files([source.path], tokenizer, str(prefix), text_key=source.text_key, progress=progress)
+            encode_files(
+                [source.path],
+                tokenizer,
+                prefix,
+                text_key=source.text_key,
+                progress=progress,
+                encoding_errors=data.encoding_errors,
+                overwrite=True,
+            )
             notes.set_done(prefix.name, origin)
         weight = source.weight
         if weight is None:
