@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import logging
 import os
 import pickle
 import signal
@@ -128,7 +127,6 @@ def serve(descriptor: int, stack_file: str) -> None:
         import torch
 
         torch.set_num_threads(1)
-        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
         with suppress(EOFError, KeyboardInterrupt):
             while True:
                 connection.send_bytes(pickle.dumps(_answer(*pickle.loads(connection.recv_bytes()))))

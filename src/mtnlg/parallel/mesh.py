@@ -7,6 +7,7 @@ the mesh has two axes: ``replicate`` copies the weights and ``shard`` splits the
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -199,6 +200,9 @@ def build_mesh(layout: LayoutConfig, device_type: str = "cpu", timeout_seconds: 
     layout = resolve_layout(layout, device_type)
     if layout.num_ranks == 1:
         return Mesh(layout, torch.device(device_type))
+    # It warns of two gathers where one might do, whenever a whole weight is put together: that is
+    # rare here (samples, Muon), and gathering sums nothing.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     device = torch.device(device_type)
     if device_type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
