@@ -70,10 +70,12 @@ def verb_parser(verb: str) -> ArgumentParser:
 
 def exit_code_of(error: BaseException) -> int | None:
     """The exit code of an error that a user can cause; ``None`` for a bug of ours."""
-    from mtnlg.config.errors import ConfigError, DataError, MtnlgError, NotYetError
+    from mtnlg.config.errors import CheckpointError, ConfigError, DataError, MtnlgError, NotYetError
 
     if isinstance(error, (ConfigError, DataError, NotYetError, FileNotFoundError, IsADirectoryError)):
         return EXIT_USAGE
+    if isinstance(error, CheckpointError) and not isinstance(error.__cause__, OSError):
+        return EXIT_USAGE  # what was named cannot be used; a disk that fails is not the user's doing
     if isinstance(error, (MtnlgError, OSError)):
         return EXIT_ERROR
     return None

@@ -16,7 +16,7 @@ class _HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionH
 class VerbParser(jsonargparse.ArgumentParser):
     """A parser whose errors say what is wrong in one line and suggest the nearest option."""
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: Any = None) -> str:
         """The help, without the lines that jsonargparse adds for whole sections."""
         for action in self._actions:
             if action.help == "Path to a configuration file.":
@@ -27,7 +27,7 @@ class VerbParser(jsonargparse.ArgumentParser):
                 str(action.metavar or action.dest) for action in self._actions if not action.option_strings
             ]
             self.usage = " ".join([self.prog, *wanted, "[--setting=value ...]"])
-        return super().format_help()
+        return super().format_help(formatter)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print ``message`` with the usage and exit with code 2."""

@@ -53,7 +53,9 @@ class ProgressDisplay:
             self.finish()
             self._stage, self._began, self._told = stage, now, now
         self._last = (done, total, unit)
-        if self._stream.isatty():
+        if total is not None and done >= total:
+            self.finish()
+        elif self._stream.isatty():
             self._draw(now)
         elif now - self._told >= self._interval:
             self._told = now

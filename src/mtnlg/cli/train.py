@@ -44,7 +44,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 
     if not arguments or "-h" in arguments or "--help" in arguments:
         parser.parse_args(arguments)  # prints the help, or says that CONFIG is missing, and exits
-    switches = {name: False for name in SWITCHES}
+    switches = dict.fromkeys(SWITCHES, False)
     recipe: str | None = None
     overrides: list[str] = []
     waits_for_value = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from mtnlg.config.data import DataConfig, SourceEntry, TokenizerConfig
@@ -20,8 +19,13 @@ from mtnlg.config.training import (
 
 DEMO_MINUTES = 3.0
 DEMO_VOCAB_SIZE = 6144
-CHINESE_PROMPTS = ("春风", "# 秋夜\n", "外婆的院子")
-ENGLISH_PROMPTS = ("The value of the expression", "def read(self")
+DEMO_PROMPTS = {  # texts to continue, and the tokens to add
+    "秋夜\n": 40,
+    "外婆": 80,
+    "“老板，": 60,
+    "The value of": 50,
+    "class Reader:\n": 60,
+}
 
 
 def demo_config(
@@ -30,7 +34,6 @@ def demo_config(
     code: str | Path,
     chinese: str | Path | None = None,
     minutes: float = DEMO_MINUTES,
-    prompts: Sequence[str] = (),
 ) -> RunConfig:
     """A small decoder of the Llama family, trained on a blend for a fixed time.
 
@@ -40,7 +43,6 @@ def demo_config(
         code: documents of Python code.
         chinese: documents in Chinese; ``None`` trains without.
         minutes: of training.
-        prompts: continued once at the end.
 
     Raises:
         ConfigError: ``minutes`` is not above 0.
@@ -69,7 +71,7 @@ def demo_config(
         schedule=ScheduleConfig(name="wsd", warmup_tokens=40_000, wsd_decay_share=0.3),
         batch=BatchConfig(micro_batch_size=8, global_batch_size=8),
         stop=StopConfig(minutes=minutes),
-        evaluation=EvaluationConfig(interval_steps=100, num_batches=6, prompts=list(prompts)),
+        evaluation=EvaluationConfig(interval_steps=100, num_batches=6),
         checkpoint=CheckpointConfig(interval_steps=0, interval_minutes=0.5, keep_last=1),
         logging=LoggingConfig(interval_steps=5),
     )

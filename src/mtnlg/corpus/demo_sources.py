@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mtnlg.config import DataError
 
-CODE_BYTES = 1_500_000  # of the standard library; more would only lengthen the tokenizer's training
+CODE_BYTES = 800_000  # of the standard library; more would only lengthen the tokenizer's training
 LONGEST_CODE_FILE = 120_000
 LEFT_OUT_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
 TITLE = re.compile(r"^# ", re.MULTILINE)

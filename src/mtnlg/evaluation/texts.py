@@ -66,7 +66,7 @@ def texts_of_run(
     for entry in config.data.blend:
         corpus = TokenCorpus(entry.path, config.model.vocab_size)
         part = corpus.part(shares, split_name(split))
-        pieces = (corpus.tokens[b : b + n] for b, n in zip(np.asarray(part.begins).tolist(), part.lengths))
+        pieces = _pieces(corpus.tokens, np.asarray(part.begins).tolist(), part.lengths)
         documents = (_decoded(ids, tokenizer) for ids in _first_tokens(pieces, max_tokens))
         count = part.num_tokens if max_tokens is None else min(max_tokens, part.num_tokens)
         texts.append(EvaluationText(corpus.name, documents, count))
@@ -106,6 +106,10 @@ def texts_of_files(
 def _decoded(ids: np.ndarray, tokenizer: Tokenizer) -> EvaluationDocument:
     text = tokenizer.decode(ids.tolist())
     return EvaluationDocument(ids, len(text.encode("utf-8")), len(text))
+
+
+def _pieces(tokens: np.ndarray, begins: Sequence[int], lengths: Iterable[int]) -> Iterator[np.ndarray]:
+    return (tokens[begin : begin + length] for begin, length in zip(begins, lengths))
 
 
 def _first_tokens(pieces: Iterable[np.ndarray], max_tokens: int | None) -> Iterator[np.ndarray]:

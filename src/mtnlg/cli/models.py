@@ -1,0 +1,46 @@
+"""Opening what a command line calls MODEL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtnlg.api import MegatronLmModel
+    from mtnlg.tokens import Tokenizer
+
+MODEL_HELP = "a run, a checkpoint, a Hugging Face folder or hub name"
+
+
+def open_model(name_or_path: str, device: str | None = None) -> tuple[MegatronLmModel, Tokenizer]:
+    """The model and its tokenizer, on the device asked for or the best that is present.
+
+    Raises:
+        CheckpointError: nothing loadable is there.
+        ConfigError: the device is not there, or the model has no tokenizer.
+    """
+    from mtnlg.api import MegatronLmModel
+    from mtnlg.config import ConfigError
+    from mtnlg.training.loop import choose_device
+
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device is {device!r}: choose cpu or cuda.")
+    model = MegatronLmModel.from_pretrained(name_or_path, device=choose_device(device))
+    if model.tokenizer is None:
+        raise ConfigError(f"{name_or_path} holds no tokenizer, so it can neither read nor write text.")
+    return model, model.tokenizer
+
+
+def run_folder(name_or_path: str) -> Path:
+    """The run that MODEL is, or that the checkpoint MODEL belongs to.
+
+    Raises:
+        ConfigError: it is no run, so it has no splits.
+    """
+    from mtnlg.config import ConfigError
+
+    path = Path(name_or_path)
+    for folder in (path, path.parent.parent):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"{path} is not a run's folder, so it has no splits: give --files with text to use.")
