@@ -70,7 +70,7 @@ class IndexCache:
             return None
         try:
             checksums = json.loads((self.folder / f"{name}.json").read_text())
-            arrays = {key: np.load(self._path(name, key), mmap_mode="r") for key in checksums}
+            arrays = {key: _map_file(self._path(name, key)) for key in checksums}
             damaged = [key for key, array in arrays.items() if _checksum(array) != checksums[key]]
         except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
             _log.warning("the index %s in %s is damaged (%s): building it again", name, self.folder, error)
@@ -105,6 +105,11 @@ class IndexCache:
         return self.folder / f"{name}-{key}.npy"
 
 
+def _map_file(path: Path) -> np.ndarray:
+    # A plain view: indexing numpy's memmap class costs several times as much.
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
 def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
@@ -131,4 +136,8 @@ def _lock(path: Path) -> Iterator[None]:
     with open(path, "a") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock, as does the death of the process
+        try:
+            yield  # closing the file releases the lock, as does the death of the process
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()

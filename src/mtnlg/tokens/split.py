@@ -110,6 +110,8 @@ def _near_enough(cuts: list[int], shares: Sequence[float]) -> bool:
 
 
 def _cut_out(begins: np.ndarray, lengths: np.ndarray, start: int, stop: int, by_documents: bool) -> Part:
+    if start == stop:
+        return Part(start, stop, begins[:0], lengths[:0], by_documents)
     # bisect reads a few entries of the memory map; numpy's searchsorted would copy all of it.
     first = max(bisect_right(begins, start) - 1, 0)
     last = max(bisect_left(begins, stop), first)

@@ -50,9 +50,10 @@ class TokenCorpus:
         file = TokenFile(prefix, vocab_size)
         if file.num_tokens == 0:
             raise DataError(f"{file.token_path} holds no tokens: encode a document that is not empty.")
-        self.prefix, self.num_tokens, self.tokens = file.prefix, file.num_tokens, file.tokens
-        self.lengths = file.lengths
-        self.begins = _Offsets(file.offsets, file.dtype.itemsize)
+        self.prefix, self.num_tokens = file.prefix, file.num_tokens
+        # Plain views of the maps: indexing numpy's memmap class costs several times as much.
+        self.tokens, self.lengths = np.asarray(file.tokens), np.asarray(file.lengths)
+        self.begins = _Offsets(np.asarray(file.offsets), file.dtype.itemsize)
 
     @property
     def name(self) -> str:
