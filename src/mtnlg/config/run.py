@@ -94,7 +94,7 @@ def cross_section_problems(
                 f"batch.{name} is {size}: it must be a multiple of micro_batch_size "
                 f"({batch.micro_batch_size}) times layout.data_parallel_size ({replicas})."
             )
-    smallest = batch.ramp_start or batch.global_batch_size
-    micro_batches = max(1, smallest // (batch.micro_batch_size * replicas))
+    # Steps of a ramp may have fewer micro-batches than stages: they run as GPipe.
+    micro_batches = max(1, batch.global_batch_size // (batch.micro_batch_size * replicas))
     problems += layout_problems(layout, model, length, micro_batches)
     return problems

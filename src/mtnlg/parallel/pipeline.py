@@ -116,10 +116,11 @@ class Pipeline:
             output_args=loss if mesh.is_last_stage else hidden,
             group=self.group,
         )
+        # torch's 1F1B wants a micro-batch for each stage. With fewer (in a batch-size ramp) GPipe holds
+        # no more of them than 1F1B would.
+        kind = ScheduleGPipe if count < mesh.num_stages else _SCHEDULES[mesh.layout.pipeline_schedule]
         # ``scale_grads=False``: the factor is the only owner of gradient scale.
-        return _SCHEDULES[mesh.layout.pipeline_schedule](
-            stage, count, loss_fn=self._scaled_loss, scale_grads=False
-        )
+        return kind(stage, count, loss_fn=self._scaled_loss, scale_grads=False)
 
     def _scaled_loss(self, output: Tensor, target: Tensor) -> Tensor:
         return output * self._factor
