@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/real-text"))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument(
-        "--override", action="append", default=[], help="setting of our recipe, --a.b=value"
+        "--override", action="append", default=[], help="of our recipe: --a.b=value"
     )
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -232,11 +232,11 @@ def held_out_loss(logits, config, path: Path) -> dict[str, float]:
     """Nats a token and bits a character of the held-out text."""
     import torch
     import torch.nn.functional as F
-    from mtnlg.tokens.encode import encode_files
 
     from mtnlg.config import BlendEntry
     from mtnlg.tokens import Tokenizer
     from mtnlg.tokens.documents import read_documents
+    from mtnlg.tokens.encode import encode_files
     from mtnlg.tokens.stream import BatchStream
 
     tokenizer = Tokenizer.from_pretrained(config.tokenizer.path)
