@@ -55,6 +55,8 @@ def continue_from(config, folder, step: int):
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
 def test_layout_continues_one_process_and_back(reference, ranks, tmp_path, name):
     config, losses = reference
+    if config.optimizer.name == "muon" and name not in ("tp2xdp2", "pp2xdp2"):
+        pytest.skip("Muon is tested where matrices are divided most")
     config = continue_from(config, tmp_path, 2)
     there = run(ranks, config, name, 4)
     assert sorted(there["losses"]) == [3, 4]

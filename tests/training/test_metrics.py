@@ -1,0 +1,160 @@
+"""Metrics: FLOPs by the published formulas, peaks, files, rates."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.training.helpers import Recorder, metrics_lines, small_config, train_here
+
+from mtnlg.config import LoggingConfig, MegatronModelConfig, StopConfig
+from mtnlg.training import metrics, peak
+from mtnlg.training.flops import hardware_flops_per_token, model_flops_per_token
+
+MT_NLG = MegatronModelConfig.from_preset("mt-nlg-530b", vocab_size=51_200)
+
+
+def paper_flops(batch: int, s: int, layers: int, h: int, vocab: int, recompute: bool) -> float:
+    """Equation 3 of arXiv 2104.04473, and the same without recomputation."""
+    if recompute:
+        return 96 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocab / (16 * layers * h))
+    return 72 * batch * s * layers * h**2 * (1 + s / (6 * h) + vocab / (12 * layers * h))
+
+
+def test_flops_equal_the_papers_formula():
+    tokens = 1920 * 2048
+    model = model_flops_per_token(MT_NLG, 2048) * tokens
+    hardware = hardware_flops_per_token(MT_NLG, 2048, "full") * tokens
+    assert model == pytest.approx(paper_flops(1920, 2048, 105, 20480, 51200, False), rel=1e-12)
+    assert hardware == pytest.approx(paper_flops(1920, 2048, 105, 20480, 51200, True), rel=1e-12)
+
+
+def test_mt_nlg_step_reaches_the_published_rate():
+    """2,240 A100 in 60.1 s a step: 126 TFLOP/s each in hardware FLOPs, 30.2% MFU (arXiv 2204.02311)."""
+    tokens, seconds, gpus = 1920 * 2048, 60.1, 2240
+    hardware = hardware_flops_per_token(MT_NLG, 2048, "full") * tokens / seconds / gpus
+    assert hardware == pytest.approx(126e12, rel=0.01)
+    listed = peak.listed_gpu_peak("NVIDIA A100-SXM4-80GB", torch.bfloat16)
+    mfu = model_flops_per_token(MT_NLG, 2048) * tokens / seconds / gpus / listed
+    assert mfu == pytest.approx(0.302, abs=0.002)
+
+
+def test_selective_recomputation_adds_attention_alone():
+    forward = model_flops_per_token(MT_NLG, 2048) / 3
+    added = hardware_flops_per_token(MT_NLG, 2048, "selective") / forward - 3.0
+    assert added == pytest.approx(0.016, abs=0.001)  # of a forward pass: arXiv 2205.05198, MT-NLG
+
+
+def test_flops_of_grouped_queries_and_gates_are_those_of_their_matrices():
+    config = MegatronModelConfig.from_preset("llama3-8b")
+    per_token = model_flops_per_token(config, 8192)
+    matrices = config.num_parameters - config.vocab_size * config.hidden_size  # the embedding is looked up
+    attention = 12 * 8192 * 4096 * 32
+    assert per_token == pytest.approx(6 * matrices + attention, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "float32"),
+    [
+        ("NVIDIA H200", 989.4e12, 66.9e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12, 66.9e12),
+        ("NVIDIA H100 PCIe", 756e12, 51.2e12),
+        ("NVIDIA A100-SXM4-40GB", 311.9e12, 19.5e12),
+        ("NVIDIA L40S", 362.1e12, 91.6e12),
+        ("NVIDIA L4", 121e12, 30.3e12),
+        ("Tesla T4", 65e12, 8.1e12),
+    ],
+)
+def test_gpu_peaks_are_the_dense_ones(name, bf16, float32):
+    assert peak.listed_gpu_peak(name, torch.bfloat16) == pytest.approx(bf16)
+    assert peak.listed_gpu_peak(name, torch.float32) == pytest.approx(float32)
+
+
+def test_longer_names_stand_before_shorter_ones():
+    names = [row[0] for row in peak.GPU_PEAKS]
+    for position, name in enumerate(names):
+        assert not any(earlier in name for earlier in names[:position]), name
+
+
+def test_unknown_device_is_measured_once():
+    assert peak.listed_gpu_peak("Unheard-of 9000", torch.bfloat16) is None
+    first = peak.measured_peak("cpu", torch.float32, 1, 0.01)
+    assert 1e8 < first < 1e15
+    assert peak.measured_peak("cpu", torch.float32, 1, 0.01) == first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_listed_peak_is_near_what_this_gpu_does():
+    listed = peak.listed_gpu_peak(torch.cuda.get_device_name(), torch.bfloat16)
+    if listed is None:
+        pytest.skip("this GPU is not in the table")
+    assert 0.5 < peak.measured_peak("cuda", torch.bfloat16, 1) / listed < 1.0
+
+
+def test_lines_hold_what_they_promise(tmp_path):
+    config = small_config(tmp_path, logging=LoggingConfig(interval_steps=4))
+    recorder = Recorder()
+    train_here(config, recorder)
+    lines = metrics_lines(config)
+    assert [line["step"] for line in lines] == [4, 6]  # the rest is written at the end
+    losses = [metrics.loss for metrics in recorder.steps]
+    assert lines[0]["loss"] == pytest.approx(sum(losses[:4]) / 4)
+    assert lines[1]["loss"] == pytest.approx(sum(losses[4:]) / 2)
+    keys = "tokens learning_rate gradient_norm tokens_per_second mfu hfu memory_bytes loss_scale seconds"
+    for key in keys.split():
+        assert lines[0][key] > 0, key
+    rate = model_flops_per_token(config.model, 16) * lines[0]["tokens_per_second"]
+    peaks = peak.measured_peak("cpu", torch.float32, 1)
+    assert lines[0]["mfu"] == pytest.approx(rate / peaks)
+    validation = metrics_lines(config, "validation")[0]
+    assert validation["perplexity"] == pytest.approx(math.exp(validation["loss"]))
+
+
+def test_progress_and_eta_lead_to_the_end(tmp_path):
+    recorder = Recorder()
+    train_here(small_config(tmp_path), recorder)
+    assert [round(m.progress * 6) for m in recorder.steps] == [1, 2, 3, 4, 5, 6]
+    assert recorder.steps[0].eta_seconds is None
+    assert recorder.steps[2].eta_seconds > 0 and recorder.steps[-1].eta_seconds == 0
+
+
+def test_lines_of_lost_steps_and_half_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 3}\n{"step": 2}\nnonsense\n{"step": 2, "lo')
+    metrics.drop_later_lines(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_not_a_number_is_null_in_json():
+    assert json.dumps(metrics.jsonable({"a": math.nan, "b": -math.inf, "c": 1.5})) == (
+        '{"a": null, "b": null, "c": 1.5}'
+    )
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = small_config(tmp_path, logging=LoggingConfig(interval_steps=2, tensorboard=True))
+    train_here(replace(config, stop=StopConfig(steps=4)))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    expected = [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in metrics_lines(config)]
+    assert written == expected
+    assert [event.step for event in events.Scalars("validation/loss")] == [4]
+
+
+def test_evaluation_hook_adds_to_the_metrics(tmp_path):
+    from mtnlg.config import LayoutConfig
+    from mtnlg.parallel import build_mesh
+    from mtnlg.training import train_on_rank
+
+    config, recorder = small_config(tmp_path), Recorder()
+    mesh = build_mesh(LayoutConfig(data_parallel_size=1))
+    train_on_rank(config, mesh, [recorder], evaluate=lambda model, step: {"bits_per_character": step / 2})
+    assert recorder.validations[-1].extra == {"bits_per_character": 3.0}
+    assert metrics_lines(config, "validation")[-1]["bits_per_character"] == 3.0
