@@ -50,6 +50,7 @@ class Case:
     layout: dict[str, Any] = field(default_factory=dict)
     documents: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    micro_batches: int | None = None
 
     @property
     def size(self) -> int:
@@ -59,6 +60,7 @@ class Case:
     def name(self) -> str:
         parts = [self.family, "tied" if self.tied else "untied", *layout_name(self)]
         parts += [f"{key}={value}" for key, value in {**self.model, **self.layout, **self.options}.items()]
+        parts += [f"micro_batches={self.micro_batches}"] if self.micro_batches else []
         return " ".join(parts + ["documents"] * self.documents)
 
 
@@ -92,7 +94,7 @@ def compare(
         rows=2,
         sequence=8,
         documents=case.documents,
-        micro_batches=max(2, case.pipeline),
+        micro_batches=case.micro_batches or max(2, case.pipeline),
         replicas=max(2, case.data),
     )
     precision = {"precision": case.options.get("precision", "float32")}

@@ -20,6 +20,7 @@ CASES = [
     Case(tensor=2, data=2, tied=False, layout={"data_parallel_sharding": "gradients"}),
     Case(tensor=2, data=2, family="llama", layout={"data_parallel_sharding": "none"}),
     Case(pipeline=2, data=2),
+    Case(pipeline=2, micro_batches=1),  # fewer than stages, as in a batch-size ramp
     Case(pipeline=2, data=2, family="llama", tied=False, options={"recomputation": "full"}),
     Case(tensor=2, pipeline=2, data=2, documents=True),
     Case(tensor=2, pipeline=2, data=2, family="llama", tied=False),
