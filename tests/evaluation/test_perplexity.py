@@ -213,6 +213,10 @@ def test_nothing_to_evaluate_on(model, tokenizer, tmp_path):
         evaluate_perplexity(model, tokenizer, [])
     with pytest.raises(DataError, match="no token files"):
         texts_of_run(RunConfig(), tokenizer)
+    (tmp_path / "data").mkdir()
+    make_run(tmp_path, tokenizer, model.config)
+    with pytest.raises(ConfigError, match="'dev' does not exist: choose one of train"):
+        evaluate_run(model, tokenizer, tmp_path, "dev")
 
 
 def test_tokens_of_another_vocabulary_are_refused(model, tokenizer):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = """
 mtnlg generate runs/demo "春天的早晨" --temperature 0.7
-mtnlg generate runs/demo "The value of" --max_new_tokens 40 --greedy
+mtnlg generate runs/demo "The value of" --max-new-tokens 40 --greedy
 echo "class Reader:" | mtnlg generate runs/demo - --samples 3 --json
 """
 
@@ -21,14 +21,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declare the model, the prompt and the sampling rules."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from stdin")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="length of the continuation")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="length of the continuation")
     parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0 is greedy")
-    parser.add_argument("--top_k", type=int | None, default=None, help="draw from so many tokens only")
-    parser.add_argument("--top_p", type=float | None, default=0.95, help="draw from this much probability")
+    parser.add_argument("--top-k", type=int | None, default=None, help="draw from so many tokens only")
+    parser.add_argument("--top-p", type=float | None, default=0.95, help="draw from this much probability")
     parser.add_argument("--seed", type=int | None, default=None, help="makes the draws repeatable")
     parser.add_argument("--samples", type=int, default=1, help="how many continuations to write")
-    parser.add_argument("--use_cache", type=bool, default=True, help="keep keys and values")
+    parser.add_argument("--use-cache", type=bool, default=True, help="keep keys and values")
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda; null is the best one")
     parser.add_argument("--json", action="store_true", help="one JSON object for each continuation")
 
@@ -57,7 +57,7 @@ def run(arguments: Namespace) -> int:
 def _sampling_options(arguments: Namespace) -> dict[str, Any]:
     options = {"max_new_tokens": arguments.max_new_tokens, "use_cache": arguments.use_cache}
     if arguments.greedy or arguments.temperature == 0:
-        return options
+        return {**options, "temperature": 0.0}
     rules = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     return {**options, **rules}
 

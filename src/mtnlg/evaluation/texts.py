@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtnlg.config import DataError, RunConfig
+from mtnlg.config import ConfigError, DataError, RunConfig
 from mtnlg.tokens import Tokenizer, read_documents
 from mtnlg.tokens.split import split_name
 from mtnlg.tokens.token_corpus import TokenCorpus
@@ -57,22 +57,26 @@ def texts_of_run(
 
     Raises:
         DataError: a token file is missing or damaged, or the split is empty.
-        ValueError: there is no such split.
+        ConfigError: there is no such split.
     """
+    try:
+        split = split_name(split)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if not config.data.blend:
         raise DataError("the run's config names no token files (data.blend): train it first.")
     shares = config.data.split_shares()
     texts = []
     for entry in config.data.blend:
         corpus = TokenCorpus(entry.path, config.model.vocab_size)
-        part = corpus.part(shares, split_name(split))
+        part = corpus.part(shares, split)
         pieces = _pieces(corpus.tokens, np.asarray(part.begins).tolist(), part.lengths)
         documents = (_decoded(ids, tokenizer) for ids in _first_tokens(pieces, max_tokens))
         count = part.num_tokens if max_tokens is None else min(max_tokens, part.num_tokens)
         texts.append(EvaluationText(corpus.name, documents, count))
     if not any(text.num_tokens for text in texts):
         raise DataError(
-            f"the {split_name(split)} split is empty (data.split is {config.data.split!r}): choose another."
+            f"the {split} split is empty (data.split is {config.data.split!r}): choose another."
         )
     return texts
 
