@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtnlg.config.demo import DEMO_MINUTES
+from mtnlg.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -25,12 +26,14 @@ RESULT_FILE = "demo.json"
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the demo's few options."""
     parser.add_argument("--minutes", type=float, default=DEMO_MINUTES, help="of training")
-    parser.add_argument("--run_dir", type=str, default="runs/demo", help="the folder that becomes the run")
+    parser.add_argument("--run-dir", type=str, default="runs/demo", help="the folder that becomes the run")
     parser.add_argument("--force", action="store_true", help="begin anew, even where a finished demo is")
 
 
 def run(arguments: Namespace) -> int:
     """Train, evaluate, write, draw; a finished demo is only shown again."""
+    if not arguments.minutes > 0:
+        raise ConfigError(f"--minutes is {arguments.minutes:g}: it must be greater than 0.")
     folder = Path(arguments.run_dir)
     finished = None if arguments.force else _read_result(folder)
     if finished and finished["minutes"] >= arguments.minutes:

@@ -27,12 +27,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--split", type=str, default="validation", help="of the run's data: train, validation, test or all"
     )
     parser.add_argument("--files", nargs="+", default=[], metavar="SOURCE", help="text instead of a split")
-    parser.add_argument("--text_key", type=str, default="text", help="field of the files that holds text")
-    parser.add_argument("--encoding_errors", type=str, default="strict", help="strict, replace or skip")
-    parser.add_argument("--max_tokens", type=int | None, default=None, help="the first tokens of each text")
+    parser.add_argument("--text-key", type=str, default="text", help="field of the files that holds text")
+    parser.add_argument("--encoding-errors", type=str, default="strict", help="strict, replace or ignore")
+    parser.add_argument("--max-tokens", type=int | None, default=None, help="the first tokens of each text")
     parser.add_argument("--window", type=int | None, default=None, help="longest input, tokens")
     parser.add_argument("--stride", type=int | None, default=None, help="tokens from window to window")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows run through the model at once")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows run through the model at once")
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda; null is the best one")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
@@ -54,9 +54,10 @@ def run(arguments: Namespace) -> int:
 
 def _measure(arguments: Namespace, progress: Progress) -> PerplexityResult:
     from mtnlg.cli.models import open_model, run_folder
-    from mtnlg.evaluation import evaluate_files, evaluate_run
 
     folder = None if arguments.files else run_folder(arguments.model)
+    from mtnlg.evaluation import evaluate_files, evaluate_run
+
     model, tokenizer = open_model(arguments.model, arguments.device)
     options = _picked(arguments, "max_tokens", "window", "stride", "batch_size")
     if folder is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mtnlg import __version__
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from mtnlg.cli.parser import VerbParser
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def verb_parser(verb: str) -> ArgumentParser:
+def verb_parser(verb: str) -> VerbParser:
     """The parser of one verb, without importing what the verb runs."""
     from mtnlg.cli.parser import make_parser
 
@@ -120,7 +120,7 @@ def _dispatch(arguments: list[str]) -> int:
         return EXIT_USAGE
     module, parser = _verb_module(verb), verb_parser(verb)
     parse = getattr(module, "parse", None)
-    parsed = parse(parser, arguments[1:]) if parse else parser.parse_args(arguments[1:])
+    parsed = parse(parser, arguments[1:]) if parse else parser.read(arguments[1:])
     return module.run(parsed) or EXIT_OK
 
 

@@ -88,7 +88,7 @@ class ProgressDisplay:
             if now - self._began < 0.2:
                 return
             self._live = _bar(self._stream)
-            self._task = self._live.add_task(self._stage, total=None)
+            self._task = self._live.add_task(self._stage, total=None, amount="", rate="")
             self._live.start()
         done, total, unit = self._last
         rate = f"{quantity(done / max(now - self._began, 1e-9), unit)}/s"

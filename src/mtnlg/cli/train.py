@@ -25,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help="a recipe, or the config.yaml of a run to go on with"
     )
-    parser.add_argument("--print_config", action="store_true", help="print the whole config and stop")
+    parser.add_argument("--print-config", action="store_true", help="print the whole config and stop")
     parser.add_argument(
         "--prepare", action="store_true", help="make tokenizer, token files and index; stop"
     )
