@@ -76,7 +76,7 @@ class PackedSamples:
         """``starts`` and ``samples`` of an epoch; see ``mtnlg.tokens.sample_index``."""
 
         def build() -> Arrays:
-            lengths = self.part.lengths[self.documents(epoch)]
+            lengths = np.asarray(self.part.lengths)[self.documents(epoch)]
             starts = sample_starts(lengths, epoch, self.sequence_length)
             return {"starts": starts, "samples": sample_order(len(starts) - 1, epoch, self._key)}
 
@@ -131,7 +131,7 @@ class FixedSamples:
     def __init__(self, part: Part, sequence_length: int) -> None:
         self.part, self.sequence_length = part, sequence_length
         self.num_samples = -(-max(part.num_tokens - 1, 0) // sequence_length)
-        self._ends = np.cumsum(part.lengths, dtype=np.int64) + part.start
+        self._ends = np.cumsum(np.asarray(part.lengths), dtype=np.int64) + part.start
 
     def runs(self, number: int) -> Runs:
         """The runs of sample ``number``: int64 [documents] each, first tokens and counts."""

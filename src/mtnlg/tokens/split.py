@@ -15,6 +15,9 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from mtnlg.tokens.index_column import IndexColumn
+
+Column = np.ndarray | IndexColumn
 SPLITS = ("train", "validation", "test", "all")
 _ALIASES = {"valid": "validation", "val": "validation"}
 _LEAST_TRAIN = 0.9  # of the tokens asked for, before cuts through documents are preferred
@@ -40,15 +43,15 @@ class Part:
     Args:
         start: first token of the part in the token file.
         stop: one past its last token.
-        begins: int64 [documents], first token of each document; cut documents begin at the cut.
-        lengths: int64 or int32 [documents], tokens of each document inside the part.
+        begins: [documents], first token of each document; cut documents begin at the cut.
+        lengths: [documents], tokens of each document inside the part.
         by_documents: the cuts fall between documents.
     """
 
     start: int
     stop: int
-    begins: np.ndarray
-    lengths: np.ndarray
+    begins: Column
+    lengths: Column
     by_documents: bool
 
     @property
@@ -58,12 +61,12 @@ class Part:
 
 
 def split_part(
-    begins: np.ndarray, lengths: np.ndarray, num_tokens: int, shares: Sequence[float], split: str
+    begins: Column, lengths: Column, num_tokens: int, shares: Sequence[float], split: str
 ) -> Part:
     """The documents of ``split``.
 
     Args:
-        begins: int64 [documents], first token of each document of the token file.
+        begins: [documents], first token of each document of the token file.
         lengths: [documents], tokens of each document.
         num_tokens: tokens of the token file.
         shares: of train, validation and test, summing to 1.
@@ -76,7 +79,7 @@ def split_part(
     return _cut_out(begins, lengths, cuts[index], cuts[index + 1], by_documents)
 
 
-def split_cuts(begins: np.ndarray, num_tokens: int, shares: Sequence[float]) -> tuple[list[int], bool]:
+def split_cuts(begins: Column, num_tokens: int, shares: Sequence[float]) -> tuple[list[int], bool]:
     """The four token positions that bound the splits, and whether they fall between documents."""
     cumulative = [0.0, *accumulate(shares)]
     cumulative[-1] = 1.0
@@ -109,7 +112,7 @@ def _near_enough(cuts: list[int], shares: Sequence[float]) -> bool:
     return all(tokens >= floor * want for tokens, floor, want in zip(got, least, asked))
 
 
-def _cut_out(begins: np.ndarray, lengths: np.ndarray, start: int, stop: int, by_documents: bool) -> Part:
+def _cut_out(begins: Column, lengths: Column, start: int, stop: int, by_documents: bool) -> Part:
     if start == stop:
         return Part(start, stop, begins[:0], lengths[:0], by_documents)
     # bisect reads a few entries of the memory map; numpy's searchsorted would copy all of it.
@@ -117,8 +120,7 @@ def _cut_out(begins: np.ndarray, lengths: np.ndarray, start: int, stop: int, by_
     last = max(bisect_left(begins, stop), first)
     begins, lengths = begins[first:last], lengths[first:last]
     if not by_documents and len(begins):
-        begins, lengths = np.array(begins, dtype=np.int64), np.array(lengths, dtype=np.int64)
-        ends = np.minimum(begins + lengths, stop)
-        begins = np.maximum(begins, start)
-        lengths = ends - begins
+        firsts, sizes = np.array(begins, dtype=np.int64), np.array(lengths, dtype=np.int64)
+        begins = np.maximum(firsts, start)
+        lengths = np.minimum(firsts + sizes, stop) - begins
     return Part(start, stop, begins, lengths, by_documents)

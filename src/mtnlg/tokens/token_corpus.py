@@ -10,29 +10,12 @@ from typing import Any
 import numpy as np
 
 from mtnlg.config.errors import DataError
+from mtnlg.tokens.index_column import IndexColumn
 from mtnlg.tokens.split import Part, split_part
 from mtnlg.tokens.token_file import TokenFile
 
 _DIGEST_PIECES = 64
 _DIGEST_BYTES = 65_536
-
-
-class _Offsets:
-    """The byte offsets of the ``.idx`` file as token numbers, converted where they are looked at."""
-
-    def __init__(self, byte_offsets: np.ndarray, item_size: int) -> None:
-        self._bytes, self._item_size = byte_offsets, item_size
-
-    def __len__(self) -> int:
-        return len(self._bytes)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _Offsets(self._bytes[index], self._item_size)
-        return self._bytes[index] // self._item_size
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self._bytes // self._item_size, dtype=dtype)
 
 
 class TokenCorpus:
@@ -51,9 +34,11 @@ class TokenCorpus:
         if file.num_tokens == 0:
             raise DataError(f"{file.token_path} holds no tokens: encode a document that is not empty.")
         self.prefix, self.num_tokens = file.prefix, file.num_tokens
-        # Plain views of the maps: indexing numpy's memmap class costs several times as much.
-        self.tokens, self.lengths = np.asarray(file.tokens), np.asarray(file.lengths)
-        self.begins = _Offsets(np.asarray(file.offsets), file.dtype.itemsize)
+        # A plain view of the map: indexing numpy's memmap class costs several times as much.
+        self.tokens = np.asarray(file.tokens)
+        self.lengths = IndexColumn(file.lengths)
+        self.begins = IndexColumn(file.offsets, file.dtype.itemsize)
+        self._hashed = (file.lengths, self.tokens)
 
     @property
     def name(self) -> str:
@@ -67,7 +52,7 @@ class TokenCorpus:
 
     def part(self, shares: tuple[float, float, float], split: str) -> Part:
         """The documents of one split; see ``mtnlg.tokens.split``."""
-        return split_part(self.begins, self.lengths, self.num_tokens, shares, split)  # type: ignore[arg-type]
+        return split_part(self.begins, self.lengths, self.num_tokens, shares, split)
 
     @cached_property
     def digest(self) -> str:
@@ -78,7 +63,7 @@ class TokenCorpus:
         """
         state = hashlib.blake2b(digest_size=16)
         state.update(f"{self.tokens.dtype.name} {self.num_documents} {self.num_tokens}".encode())
-        for array in (np.asarray(self.lengths), self.tokens):
+        for array in self._hashed:
             _hash_pieces(state, array)
         return state.hexdigest()
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mtnlg.config import BlendEntry, ConfigError, DataConfig, DataError, RunConfig, SourceEntry
@@ -31,8 +31,8 @@ def prepare(config: RunConfig, progress: Progress = no_progress) -> RunConfig:
     """Make everything in ``run_dir`` that training reads.
 
     Writes ``tokenizer/`` (trained from ``data.sources``, or copied from ``tokenizer.path``),
-    ``data/*.bin`` and ``*.idx`` (``data.sources`` encoded), the index of the batch stream, and
-    ``config.yaml``.
+    ``data/*.bin`` and ``*.idx`` (``data.sources`` encoded), the index of the batch stream,
+    ``blend.json`` (tokens, share and epochs of each corpus), and ``config.yaml``.
 
     Args:
         config: the run.
@@ -181,13 +181,14 @@ def _build_index(config: RunConfig, progress: Progress) -> None:
     steps, tokens = config.stop.steps, config.stop.tokens
     limits = [] if tokens is None else [tokens // config.data.sequence_length]
     limits += [] if steps is None else [steps * config.batch.global_batch_size]
-    build_index(
+    report = build_index(
         config.data,
         config.seed,
         min(limits) if limits else None,
         config.model.vocab_size,
         lambda done, total: progress("index", done, total, "corpora"),
     )
+    write_atomically(Path(config.run_dir) / "blend.json", json.dumps(asdict(report), indent=1))
 
 
 def _stem(path: str) -> str:
