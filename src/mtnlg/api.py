@@ -183,8 +183,7 @@ class MegatronLmModel(MegatronLmDecoder):
 
         Args:
             prompt: a text, texts, one sequence of ids, several (of any lengths), or a LongTensor
-                [tokens] or [batch, tokens]. A tensor gives a tensor, its shorter rows filled up with
-                the padding token.
+                [tokens] or [batch, tokens]. A tensor gives a tensor, shorter rows padded.
             max_length: total tokens of prompt and continuation, as in transformers.
             max_new_tokens: tokens of the continuation; 64 if neither is given.
             temperature: divides the logits; 0 is greedy.
@@ -193,11 +192,9 @@ class MegatronLmModel(MegatronLmDecoder):
             seed: makes the draws repeatable.
             end_ids: tokens that end a sequence; ``None`` is the tokenizer's end of text.
             start_of_document: put the token that separates documents in training before a text
-                prompt, so that the model takes it for the beginning of one. It counts in no length.
-                Ids are always taken as they are.
+                prompt, as at the beginning of one; it counts in no length. Ids stay as they are.
             use_cache: keep keys and values; ``None`` is the config's.
-            streamer: for a single prompt: called with each new piece of text (whole characters), or
-                with each new id.
+            streamer: for a single prompt: called with each new piece of text or each new id.
 
         Raises:
             ConfigError: an option is out of range, the prompt leaves no room, or there is text and no
@@ -221,13 +218,19 @@ class MegatronLmModel(MegatronLmDecoder):
         )
         if texts is None:
             return self._ids_as_asked(prompt, continuations)
+        whole = self._texts(texts, rows, continuations)
+        return whole[0] if isinstance(prompt, str) else whole
+
+    def _texts(
+        self, prompts: list[str], rows: list[list[int]], continuations: list[Continuation]
+    ) -> list[str]:
+        """Each prompt with its continuation."""
         assert self.tokenizer is not None
         decode = self.tokenizer.decode
-        whole = [
-            text + continuation_text(decode, row, found.new_ids)
-            for text, row, found in zip(texts, rows, continuations)
+        return [
+            prompt + continuation_text(decode, row, found.new_ids)
+            for prompt, row, found in zip(prompts, rows, continuations)
         ]
-        return whole[0] if isinstance(prompt, str) else whole
 
     def _rows(self, prompt: Prompt) -> tuple[list[str] | None, list[list[int]]]:
         """The texts, where the prompt is text, and a row of ids for each."""
