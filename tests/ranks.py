@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+START_SECONDS = 300.0
 GRACE_SECONDS = 3.0
 
 
@@ -59,7 +60,7 @@ class RankPool:
         self._folder = Path(tempfile.mkdtemp(prefix="mtnlg-ranks-"))
         self._calls = 0
 
-    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, size: int, function: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
         """Call ``function(*args)`` on ``size`` ranks with the default process group initialised.
 
         Returns:
@@ -68,8 +69,7 @@ class RankPool:
         Raises:
             RankError: a rank raised, died, or did not answer within ``timeout`` seconds.
         """
-        while len(self._ranks) < size:
-            self._ranks.append(self._start(len(self._ranks)))
+        self._start_missing(size)
         self._calls += 1
         name = f"{function.__module__}:{function.__qualname__}"
         for rank, worker in enumerate(self._ranks[:size]):
@@ -85,10 +85,22 @@ class RankPool:
             worker.connection.close()
         self._ranks = []
 
+    def _start_missing(self, size: int) -> None:
+        """Start ranks side by side and wait until they have imported torch: a call's time is its own."""
+        started = [self._start(index) for index in range(len(self._ranks), size)]
+        self._ranks += started
+        for worker in started:
+            if not worker.connection.poll(START_SECONDS):
+                self.close()
+                raise RankError(f"the ranks did not start within {START_SECONDS:.0f} s")
+            worker.connection.recv_bytes()
+
     def _start(self, index: int) -> _Rank:
         ours, theirs = Pipe()
         stack_file = self._folder / f"stack-{index}-{self._calls}"
-        command = f"from tests.ranks import serve; serve({theirs.fileno()}, {str(stack_file)!r})"
+        command = (
+            f"from tests.ranks import serve; serve({theirs.fileno()}, {str(stack_file)!r}, {os.getpid()})"
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             [sys.executable, "-c", command], cwd=ROOT, env=environment, pass_fds=[theirs.fileno()]
@@ -119,14 +131,18 @@ class RankPool:
         raise RankError(f"{name} on {size} ranks:\n" + "\n".join(report))
 
 
-def serve(descriptor: int, stack_file: str) -> None:
+def serve(descriptor: int, stack_file: str, parent: int) -> None:
     """Run what the test process sends, until it closes the connection."""
     with Path(stack_file).open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         connection = Connection(descriptor)
         import torch
 
+        from mtnlg.parallel.launch import end_with_parent
+
+        end_with_parent(parent)
         torch.set_num_threads(1)
+        connection.send_bytes(b"ready")
         with suppress(EOFError, KeyboardInterrupt):
             while True:
                 connection.send_bytes(pickle.dumps(_answer(*pickle.loads(connection.recv_bytes()))))

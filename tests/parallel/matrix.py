@@ -101,7 +101,7 @@ def checkpoint_pairs(pool: RankPool) -> Iterator[tuple[str, str, float]]:
 
 def _train(pool: RankPool, model: dict[str, Any], sizes: tuple[int, ...], run: str, step: int) -> Any:
     args = (model, layout_fields(*sizes), {"name": "adamw"}, run, step, 1)
-    return pool.run(int(np.prod(sizes)), workers.continue_training, *args)
+    return pool.run(int(np.prod(sizes)), workers.continue_training, *args, timeout=600.0)
 
 
 def _name(sizes: tuple[int, ...]) -> str:
@@ -160,9 +160,9 @@ def main() -> int:
     pool = RankPool()
     begun = time.monotonic()
     try:
-        rows = list(parity_rows(pool, cases(), 120.0))
+        rows = list(parity_rows(pool, cases(), 600.0))
         if options.compiled:
-            rows += parity_rows(pool, compiled_cases(), 600.0)
+            rows += parity_rows(pool, compiled_cases(), 1800.0)
         pairs = list(checkpoint_pairs(pool))
     finally:
         pool.close()

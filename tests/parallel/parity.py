@@ -85,7 +85,7 @@ class Difference:
 
 
 def compare(
-    pool: RankPool, case: Case, references: dict[str, Any] | None = None, timeout: float = 120.0
+    pool: RankPool, case: Case, references: dict[str, Any] | None = None, timeout: float = 180.0
 ) -> Difference:
     """Run ``case`` and one process on the same step."""
     model = {**FAMILIES[case.family], "tie_word_embeddings": case.tied, **case.model}

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mtnlg.config import LayoutConfig, MegatronModelConfig, OptimizerConfig, PrecisionConfig
+from mtnlg.model import loss as plain_loss
 from mtnlg.parallel import Mesh, ParallelModel, build_mesh, lay_out
+from mtnlg.parallel.vocabulary import VocabularyParallelLoss
 from mtnlg.tokens.batch import IGNORED_LABEL, Batch
 from mtnlg.training import checkpoint_files as files
 from mtnlg.training.checkpoints import load_tensors, save_checkpoint
@@ -114,6 +117,45 @@ def one_step(
         "gradients": whole_gradients(model),
         "weights": weights,
     }
+
+
+def split_loss(vocab_size: int, gathers: bool, split_sequence: bool, bytes_at_once: int) -> list[Any]:
+    """Loss and gradients over vocabulary shards beside the plain loss, in several chunks of tokens."""
+    plain_loss.LOGITS_BYTES = bytes_at_once
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(2, 6, 5, generator=generator, requires_grad=True)
+    weight = torch.randn(vocab_size, 5, generator=generator, requires_grad=True)
+    labels = torch.randint(0, vocab_size, (2, 6), generator=generator)
+    labels[0, :3] = IGNORED_LABEL
+    expected = plain_loss.summed_cross_entropy(hidden, weight, labels)
+    expected.backward()
+    stream = Shard(1) if split_sequence else Replicate()
+    mine = distribute_tensor(hidden.detach(), mesh, [stream]).to_local().requires_grad_()
+    split_weight = torch.nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
+    loss_function = VocabularyParallelLoss(mesh, stream, gathers)
+    with torch.no_grad():
+        evaluated = loss_function(mine, split_weight, labels)
+    loss = loss_function(mine, split_weight, labels)
+    (2.0 * loss).backward()
+    gradient = DTensor.from_local(mine.grad, mesh, [stream]).full_tensor()
+    return [
+        (evaluated - expected).abs().item(),
+        (loss - expected).abs().item(),
+        (gradient / 2.0 - hidden.grad).abs().max().item(),
+        (whole(split_weight.grad) / 2.0 - weight.grad).abs().max().item(),
+    ]
+
+
+def dropout_streams(layout: dict[str, Any]) -> list[float]:
+    """One random number of step 1, of step 2, and of step 1 again."""
+    config = MegatronModelConfig(vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
+    model = lay_out(config, build_mesh(LayoutConfig(**layout)))
+    numbers = []
+    for step in (1, 2, 1):
+        model.seed_dropout(2**40, step)
+        numbers.append(torch.rand(()).item())
+    return numbers
 
 
 def whole_state(model: ParallelModel, optimizer: Optimizer) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _run_rank(
     """What each started rank runs. Errors go into a file: only it survives the agent's clean-up."""
     with suppress(OSError):
         os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the ranks once, through the parent
-    _end_with(parent)
+    end_with_parent(parent)
     _use_threads(num_threads)
     rank = int(os.environ["RANK"])
     try:
@@ -125,8 +125,8 @@ def _run_rank(
     return result if rank == 0 else None
 
 
-def _end_with(parent: int) -> None:
-    """Kill this rank when its parent is gone, however it went."""
+def end_with_parent(parent: int) -> None:
+    """Kill this process when the one with the id ``parent`` is gone, however it went."""
     import threading
 
     def watch() -> None:

@@ -90,7 +90,7 @@ class ParallelModel:
         mesh = self.mesh
         tensor = mesh.tensor_rank if mesh.layout.sequence_parallel else 0
         place = (mesh.stage * mesh.num_replicas + mesh.replica) * mesh.tensor_size + tensor
-        torch.manual_seed((seed * 1_000_003 + step) * mesh.num_ranks + place)
+        torch.manual_seed(((seed * 1_000_003 + step) * mesh.num_ranks + place) % 2**63)
 
     def forward_backward(
         self, batches: Sequence[Batch], num_valid_tokens: Tensor | float, loss_scale: float = 1.0

@@ -79,23 +79,10 @@ class _SplitCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: Tensor, weight: Tensor, targets: Tensor, shards: _Shards, gathers: bool
     ) -> Tensor:
-        step = tokens_per_chunk(len(targets), shards.vocab_size if gathers else shards.largest)
-        total = torch.zeros((), dtype=torch.float32, device=tokens.device)
-        token_gradient = torch.empty_like(tokens)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(targets), step):
-            part, target = tokens[start : start + step], targets[start : start + step]
-            logits = F.linear(part, weight).float()  # [chunk, part of vocab]
-            if gathers:
-                loss, gradient = loss_and_logit_gradient(shards.gather(logits), target)
-                gradient = gradient[:, shards.start : shards.end]
-            else:
-                loss, gradient = _split_loss_and_gradient(logits, target, shards)
-            total += loss
-            gradient = gradient.to(part.dtype)
-            token_gradient[start : start + step] = gradient @ weight.to(part.dtype)
-            weight_gradient += gradient.t() @ part
-        ctx.save_for_backward(token_gradient, weight_gradient.to(weight.dtype))
+        total, token_gradient, weight_gradient = _loss_and_gradients(
+            tokens, weight, targets, shards, gathers, with_gradients=any(ctx.needs_input_grad)
+        )
+        ctx.save_for_backward(token_gradient, weight_gradient)
         return total
 
     @staticmethod
@@ -103,6 +90,42 @@ class _SplitCrossEntropy(torch.autograd.Function):
         token_gradient, weight_gradient = ctx.saved_tensors
         scale = output_gradients[0]
         return token_gradient * scale, weight_gradient * scale, None, None, None
+
+
+def _loss_and_gradients(
+    tokens: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shards: _Shards,
+    gathers: bool,
+    with_gradients: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Summed loss of [tokens, hidden] and its gradients by them and by [part of vocab, hidden]."""
+    step = tokens_per_chunk(len(targets), shards.vocab_size if gathers else shards.largest)
+    total = torch.zeros((), dtype=torch.float32, device=tokens.device)
+    token_gradient = torch.empty_like(tokens) if with_gradients else None
+    weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
+    computed = weight.to(_compute_dtype(weight))  # cast once, not once a chunk
+    for start in range(0, len(targets), step):
+        part = tokens[start : start + step].to(computed.dtype)
+        target = targets[start : start + step]
+        logits = F.linear(part, computed).float()  # [chunk, part of vocab]
+        if gathers:
+            loss, gradient = loss_and_logit_gradient(shards.gather(logits), target)
+            gradient = gradient[:, shards.start : shards.end]
+        else:
+            loss, gradient = _split_loss_and_gradient(logits, target, shards)
+        total += loss
+        if token_gradient is not None and weight_gradient is not None:
+            gradient = gradient.to(computed.dtype)
+            token_gradient[start : start + step] = gradient @ computed
+            weight_gradient += gradient.t() @ part
+    return total, token_gradient, weight_gradient
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _split_loss_and_gradient(logits: Tensor, targets: Tensor, shards: _Shards) -> tuple[Tensor, Tensor]:
