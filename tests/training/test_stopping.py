@@ -1,12 +1,16 @@
 """When runs end, and how schedules follow."""
 
+import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from tests.training.helpers import LENGTH, Recorder, small_config, train_here
 
 from mtnlg.config import BatchConfig, ConfigError, EvaluationConfig, ScheduleConfig, StopConfig
+from mtnlg.training import trainer
+from mtnlg.training.metrics import Clock
 from mtnlg.training.stopping import Position, StopRules
 
 
@@ -61,15 +65,21 @@ def test_tokens_and_steps_end_real_runs(tmp_path):
     assert (result.stop_reason, result.step, result.tokens) == ("steps", 4, 24 * LENGTH)
 
 
-def test_minutes_end_a_real_run_and_its_decay(tmp_path):
-    config = small_config(tmp_path, stop=StopConfig(minutes=0.01))
+def test_minutes_end_a_real_run_and_its_decay(tmp_path, monkeypatch):
+    """Half a minute of a clock that says one second a step; the rate falls with the time."""
+    ticks = itertools.count()
+    clock = partial(Clock, now=lambda: float(next(ticks)))
+    monkeypatch.setattr(trainer, "Clock", clock)
+    config = small_config(tmp_path, stop=StopConfig(minutes=0.5))
     config = replace(config, schedule=ScheduleConfig(name="linear", min_learning_rate_ratio=0.0))
     recorder = Recorder()
     result = train_here(config, recorder)
-    assert result.stop_reason == "minutes" and 0.6 <= result.seconds < 5.0
-    rates = [metrics.learning_rate for metrics in recorder.steps]
-    assert rates[0] == pytest.approx(3e-3, rel=0.2) and rates == sorted(rates, reverse=True)
-    assert rates[-1] < 1e-3
+    assert (result.stop_reason, result.seconds) == ("minutes", 30.0)
+    shares = [(metrics.learning_rate / 3e-3, metrics.seconds) for metrics in recorder.steps]
+    assert len(shares) == 29
+    assert all(rate == pytest.approx(1.0 - seconds / 30.0) for rate, seconds in shares)
+    longer = train_here(replace(config, stop=StopConfig(minutes=1.0)))
+    assert (longer.step, longer.seconds) == (58, 60.0)
 
 
 def test_convergence_ends_a_real_run(tmp_path):

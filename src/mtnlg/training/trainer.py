@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from mtnlg.parallel.apply import lay_out
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.tokens.batch import Batch
+from mtnlg.tokens.prefetch import prefetch
 from mtnlg.tokens.stream import BatchStream
 from mtnlg.training import resume
 from mtnlg.training.checkpoint_files import prune, read_state
@@ -98,15 +99,31 @@ class Trainer:
         self.clock = Clock(self.position.seconds)
         self._saved = (self._saved[0], self.position.seconds)
         with Interrupts(self.callbacks.on_message) as interrupts:
-            while True:
-                size = self.ramp.size(self.samples)
-                batch = self.stream.batch(self.samples, size, self.mesh.replica, self.mesh.num_replicas)
+            for size, batch in self._batches():
                 num_valid, signal = self._agree(batch, interrupts.received)
                 reason = "signal" if signal else self.stop.reason(self.position)
                 if reason:
-                    break
+                    return self._end(reason, signal)
                 self._train_step(batch, size, num_valid)
-            return self._end(reason, signal)
+        raise AssertionError("the training stream has no end")
+
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
+        """This replica's batches from here on, each with the size of the whole; read ahead for a GPU."""
+        mesh = self.mesh
+
+        def requests() -> Iterator[tuple[int, int]]:
+            position = self.samples
+            while True:
+                yield position, (size := self.ramp.size(position))
+                position += size
+
+        sizes = (size for _, size in requests())
+        if mesh.device.type == "cuda":
+            return zip(sizes, prefetch(self.stream, requests(), mesh.replica, mesh.num_replicas))
+        return (
+            (size, self.stream.batch(position, size, mesh.replica, mesh.num_replicas))
+            for position, size in requests()
+        )
 
     def _agree(self, batch: Batch, signal: int) -> tuple[int, int]:
         """Valid tokens of the step and the signal received, the same on every rank.
