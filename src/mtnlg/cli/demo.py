@@ -114,7 +114,10 @@ def _show(values: dict[str, Any], folder: Path) -> None:
         f"{quantity(values['tokens'], 'tokens')}, {values['minutes']:g} minutes of training\n"
     )
     names = ("perplexity", "bits_per_byte", "bits_per_character")
-    rows = [[name, *(score[key] for key in names)] for name, score in values["test"]["sources"].items()]
+    rows = [
+        [name.lstrip("0123456789-"), *(score[key] for key in names)]
+        for name, score in values["test"]["sources"].items()
+    ]
     rows.append(["together", *(values["test"][key] for key in names)])
     print_table(["held-out text", "perplexity", "bits/byte", "bits/character"], rows)
     print("\nWhat it writes (the prompt comes first):")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mtnlg.config import DataError
 
+TOPIC_BYTES = 2_000_000  # all of it today
 CODE_BYTES = 800_000  # of the standard library; more would only lengthen the tokenizer's training
 LONGEST_CODE_FILE = 120_000
 LEFT_OUT_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "__pycache__"}
@@ -49,8 +50,8 @@ def gather_demo_sources(folder: str | Path, chinese_folder: Path = CHINESE_FOLDE
         code=folder / "code.jsonl",
         chinese=folder / "chinese.jsonl" if has_chinese else None,
     )
-    _write_documents(sources.english, documentation_topics())
-    _write_documents(sources.code, library_code())
+    _write_documents(sources.english, _up_to(TOPIC_BYTES, documentation_topics()))
+    _write_documents(sources.code, _up_to(CODE_BYTES, library_code()))
     if sources.chinese is not None:
         _write_documents(sources.chinese, titled_pieces(chinese_folder))
     return sources
@@ -65,10 +66,9 @@ def documentation_topics() -> Iterator[tuple[str, str]]:
             yield f"{name}-{part}", section
 
 
-def library_code(limit_bytes: int = CODE_BYTES) -> Iterator[tuple[str, str]]:
-    """(path, text) of modules of the standard library, in order, up to ``limit_bytes`` in all."""
+def library_code() -> Iterator[tuple[str, str]]:
+    """(path, text) of the modules of the standard library: plain modules first, then packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    taken = 0
     for path in sorted(root.rglob("*.py"), key=lambda path: (len(path.parts), path)):
         relative = path.relative_to(root)
         if LEFT_OUT_FOLDERS.intersection(relative.parts) or path.stat().st_size > LONGEST_CODE_FILE:
@@ -77,9 +77,6 @@ def library_code(limit_bytes: int = CODE_BYTES) -> Iterator[tuple[str, str]]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a module that declares another encoding
-        taken += len(text.encode("utf-8"))
-        if taken > limit_bytes:
-            return
         yield str(relative), text
 
 
@@ -89,6 +86,16 @@ def titled_pieces(folder: Path) -> Iterator[tuple[str, str]]:
         for piece in TITLE.split(path.read_text(encoding="utf-8"))[1:]:
             title, _, body = piece.partition("\n")
             yield f"{path.stem}/{title}", f"{title}\n{body.strip()}\n"
+
+
+def _up_to(limit_bytes: int, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The first documents, up to ``limit_bytes`` of text in all."""
+    taken = 0
+    for name, text in documents:
+        taken += len(text.encode("utf-8"))
+        if taken > limit_bytes:
+            return
+        yield name, text
 
 
 def _sections(text: str, smallest: int = 1500) -> Iterator[str]:
