@@ -100,7 +100,7 @@ def _one_document_each(edges: list[int], shares: Sequence[float]) -> list[int]:
 
 def _two_tokens_each(cuts: list[int], shares: Sequence[float]) -> list[int]:
     nudged = list(cuts)
-    for index in (2, 1):  # one token to read and one to predict
+    for index in (2, 1):
         nudged[index] = max(0, min(nudged[index], nudged[index + 1] - 2 * (shares[index] > 0)))
     return nudged
 
@@ -109,7 +109,8 @@ def _near_enough(cuts: list[int], shares: Sequence[float]) -> bool:
     asked = [share * cuts[-1] for share in shares]
     got = [stop - start for start, stop in pairwise(cuts)]
     least = (_LEAST_TRAIN, _LEAST_HELD_OUT, _LEAST_HELD_OUT)
-    return all(tokens >= floor * want for tokens, floor, want in zip(got, least, asked))
+    # Two tokens are the least: one to read and one to predict.
+    return all(tokens >= max(2, floor * want) for tokens, floor, want in zip(got, least, asked) if want)
 
 
 def _cut_out(begins: Column, lengths: Column, start: int, stop: int, by_documents: bool) -> Part:
