@@ -134,11 +134,11 @@ def _adamw_step(
         [group.state["exp_avg"][i] for i in present],
         [group.state["exp_avg_sq"][i] for i in present],
         [],
-        [torch.tensor(float(steps), device=device if fused else "cpu") for _ in present],
+        list(torch.full((len(present),), float(steps), device=device if fused else "cpu").unbind()),
         fused=fused,
         foreach=not fused,
         # The fused kernel divides as it reads: clipping costs no pass over the gradients of its own.
-        grad_scale=torch.tensor(gradient_divisor, device=device) if fused else None,
+        grad_scale=torch.full((), gradient_divisor, device=device) if fused else None,
         amsgrad=False,
         beta1=config.beta1,
         beta2=config.beta2,
