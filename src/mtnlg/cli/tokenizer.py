@@ -83,11 +83,10 @@ def run(arguments: Namespace) -> int:
     if tokenizer.vocab_size < arguments.vocab_size:
         note(f"the text gave only {tokenizer.vocab_size} tokens of the {arguments.vocab_size} asked for")
     kind = "text kept out of the training" if report.held_out else "the training text"
+    print(f"{arguments.out}: {tokenizer.vocab_size} tokens, from {quantity(report.num_bytes, 'bytes')}")
     print(
-        f"{arguments.out}: {tokenizer.vocab_size} tokens, from {quantity(report.num_bytes, 'bytes')} of text"
-    )
-    print(
-        f"{report.characters_per_token:.3f} characters ({report.bytes_per_token:.3f} bytes) a token on {kind}"
+        f"{report.characters_per_token:.3f} characters ({report.bytes_per_token:.2f} bytes) a token "
+        f"on {kind}"
     )
     print(f"next: mtnlg encode {arguments.sources[0]} --tokenizer {arguments.out} --out data/text")
     return 0

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mtnlg.tokens.cutting import Cutter, cut
 from mtnlg.tokens.documents import FileSlice, ReadOptions, read_fragments
 from mtnlg.tokens.encoders import CheckedEncoder
-from mtnlg.tokens.split_pattern import GPT2_PATTERN, split_pattern
+from mtnlg.tokens.split_pattern import GPT2_PATTERN, GPT4_PATTERN, QWEN2_PATTERN, split_pattern
 from mtnlg.tokens.token_writer import TokenFileWriter
 from mtnlg.tokens.tokenizer import Tokenizer
 
@@ -197,13 +197,5 @@ def cutting_of(tokenizer: Tokenizer) -> tuple[bool, bool]:
     return False, byte_level and (any(known) or alone)
 
 
-_GPT4_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Split patterns in which the places of ``cutting`` are always cuts: GPT-2, GPT-4, Llama 3, Qwen 2.
-_KNOWN_PATTERNS = (
-    GPT2_PATTERN,
-    _GPT4_PATTERN,
-    _GPT4_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),  # Qwen 2: digits one by one
-)
+# Split patterns besides our own in which the places of ``cutting`` are always cuts.
+_KNOWN_PATTERNS = (GPT2_PATTERN, GPT4_PATTERN, QWEN2_PATTERN)

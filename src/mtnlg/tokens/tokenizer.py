@@ -142,8 +142,13 @@ class Tokenizer:
         core = self._special_core if allow_special else self._core
         try:
             ids = core.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            raise DataError(f"the text is not valid Unicode at character {error.start}: {error}") from error
+        except TypeError as error:
+            place = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+            if place is None:
+                raise  # no text at all
+            raise DataError(
+                f"the text is not valid Unicode: half of a surrogate pair at character {place}."
+            ) from error
         if return_tensors is None:
             return ids
         if return_tensors != "pt":
