@@ -35,7 +35,7 @@ def demo_config(
     chinese: str | Path | None = None,
     minutes: float = DEMO_MINUTES,
 ) -> RunConfig:
-    """A small decoder of the Llama family, trained on a blend for a fixed time.
+    """A small decoder of the Qwen3 family, trained on a blend for a fixed time.
 
     Args:
         run_dir: the folder that becomes the run.
@@ -61,14 +61,17 @@ def demo_config(
         activation_function="swiglu",
         attention_bias=False,
         mlp_bias=False,
+        qk_normalization=True,
     )
     return RunConfig(
         run_dir=str(run_dir),
         model=model,
         tokenizer=TokenizerConfig(vocab_size=DEMO_VOCAB_SIZE, sets_vocab_size=True),
         data=DataConfig(sources=sources, split="90,5,5", sequence_length=256),
-        optimizer=OptimizerConfig(learning_rate=3e-3),
-        schedule=ScheduleConfig(name="wsd", warmup_tokens=40_000, wsd_decay_share=0.3),
+        optimizer=OptimizerConfig(name="muon", learning_rate=4e-3, muon_learning_rate=0.02),
+        schedule=ScheduleConfig(
+            name="wsd", warmup_tokens=40_000, wsd_decay_share=0.4, min_learning_rate_ratio=0.02
+        ),
         batch=BatchConfig(micro_batch_size=8, global_batch_size=8),
         stop=StopConfig(minutes=minutes),
         evaluation=EvaluationConfig(interval_steps=100, num_batches=6),
