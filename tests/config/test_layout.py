@@ -35,10 +35,19 @@ def test_everything_that_does_not_fit_is_listed_at_once() -> None:
         (LayoutConfig(tensor_parallel_size=2, sequence_parallel=False), 31, 1),
         (LayoutConfig(pipeline_parallel_size=4, pipeline_schedule="gpipe"), 31, 2),
         (LayoutConfig(data_parallel_size=7), 31, 1),
+        (LayoutConfig(tensor_parallel_size=6), 6, 1),
     ],
 )
 def test_what_fits_has_no_problems(layout: LayoutConfig, sequence: int, micro_batches: int) -> None:
     assert layout_problems(layout, MODEL, sequence, micro_batches) == []
+
+
+def test_every_rank_holds_some_of_the_vocabulary() -> None:
+    layout = LayoutConfig(tensor_parallel_size=4)
+    fields = dict(hidden_size=48, num_hidden_layers=5, num_attention_heads=4)
+    nine, ten = (MegatronModelConfig(vocab_size=size, **fields) for size in (9, 10))
+    assert "none of the 9 vocabulary" in layout_problems(layout, nine, 8, 1)[0]  # 3, 3, 3, 0
+    assert layout_problems(layout, ten, 8, 1) == []  # 3, 3, 3, 1
 
 
 def counts(model: MegatronModelConfig, stages: int) -> list[int]:

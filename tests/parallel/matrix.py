@@ -51,7 +51,7 @@ def cases() -> Iterator[Case]:
     yield Case(1, 4, 2, "llama")
     yield Case(2, 3, 1, "gpt", model={"num_hidden_layers": 7})
     yield Case(1, 1, 4)
-    yield Case(4, 1, 2, model={"vocab_size": 9})  # the last rank holds no part of the vocabulary
+    yield Case(4, 1, 2, model={"vocab_size": 10})  # 3, 3, 3 and 1 entries
     yield Case(2, 1, 4, "llama", False)
     yield Case(1, 2, 2, model={"pre_process_first": False, "post_process_last": False})
 

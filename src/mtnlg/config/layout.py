@@ -91,10 +91,10 @@ def layout_problems(
             problems.append(
                 f"layout.tensor_parallel_size is {tensor}: it must divide model.{name} ({count})."
             )
-    if model.vocab_size < tensor:
+    if -(-model.vocab_size // tensor) * (tensor - 1) >= model.vocab_size:
         problems.append(
-            f"layout.tensor_parallel_size is {tensor}: more ranks than vocabulary entries "
-            f"({model.vocab_size})."
+            f"layout.tensor_parallel_size is {tensor}: the last rank would hold none of the "
+            f"{model.vocab_size} vocabulary entries."
         )
     if tensor > 1 and layout.sequence_parallel and sequence_length % tensor:
         problems.append(
