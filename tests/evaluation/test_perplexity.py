@@ -189,6 +189,21 @@ def test_a_split_of_a_run(model, tokenizer, tmp_path, split, documents):
     assert result.window == 12
 
 
+def test_the_corpora_of_a_blend_are_told_apart(model, tokenizer, tmp_path):
+    blend, expected = [], []
+    for name, text in (("first", TEXTS[0]), ("second", TEXTS[3])):
+        writer = TokenFileWriter(str(tmp_path / name), vocab_size=300)
+        writer.add_document(np.array(all_ids(tokenizer, [text])))
+        writer.close()
+        blend.append(BlendEntry(str(tmp_path / name)))
+        expected.append(
+            evaluate_perplexity(model, tokenizer, [text_of(tokenizer, [text])], window=12).total
+        )
+    config = RunConfig(model=model.config, data=DataConfig(blend=blend, sequence_length=12))
+    found = evaluate_perplexity(model, tokenizer, texts_of_run(config, tokenizer, "all"), window=12)
+    assert found.sources == dict(zip(("first", "second"), expected))
+
+
 def test_a_run_that_was_moved_and_one_that_starts_documents_anew(model, tokenizer, tmp_path):
     before = tmp_path / "before"
     (before / "data").mkdir(parents=True)

@@ -70,7 +70,7 @@ def texts_of_run(
     for entry in config.data.blend:
         corpus = TokenCorpus(entry.path, config.model.vocab_size)
         part = corpus.part(shares, split)
-        pieces = _pieces(corpus.tokens, np.asarray(part.begins).tolist(), part.lengths)
+        pieces = _pieces(corpus.tokens, np.asarray(part.begins).tolist(), np.asarray(part.lengths).tolist())
         documents = (_decoded(ids, tokenizer) for ids in _first_tokens(pieces, max_tokens))
         count = part.num_tokens if max_tokens is None else min(max_tokens, part.num_tokens)
         texts.append(EvaluationText(corpus.name, documents, count))
