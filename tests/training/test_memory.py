@@ -12,7 +12,7 @@ import pytest
 from tests.training.helpers import Recorder, small_config, train_here
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCAB_SIZE, TOKENS = 30_000, 2048
+VOCAB_SIZE, TOKENS = 30_000, 1024
 
 STEP = f"""
 import resource, torch
@@ -20,7 +20,7 @@ from mtnlg.config import LayoutConfig, MegatronModelConfig
 from mtnlg.parallel import build_mesh, lay_out
 from mtnlg.model import loss
 from mtnlg.tokens.batch import Batch
-loss.LOGITS_BYTES = 2**24
+loss.LOGITS_BYTES = 2**23
 torch.set_num_threads(1)
 config = MegatronModelConfig(
     vocab_size={VOCAB_SIZE}, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
