@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ mtnlg train recipes/poems.yaml --data.sources poems.jsonl --stop.minutes=15 --pr
 mtnlg train recipes/poems.yaml --data.sources poems.jsonl --layout.tensor_parallel_size 2
 mtnlg train runs/poems/config.yaml
 """
-SWITCHES = ("print_config", "prepare")
+SWITCHES = ("print_config", "prepare", "fresh")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prepare", action="store_true", help="make tokenizer, token files and index; stop"
     )
+    parser.add_argument("--fresh", action="store_true", help="drop the run's checkpoints and begin anew")
     parser.add_class_arguments(RunConfig, None)
 
 
@@ -75,8 +77,9 @@ def run(arguments: Namespace) -> int:
 
         print(dump_run_config(config), end="")
         return 0
+    from mtnlg.cli.terminal import ProgressDisplay
+
     if arguments.prepare:
-        from mtnlg.cli.terminal import ProgressDisplay
         from mtnlg.training import prepare
 
         with ProgressDisplay() as progress:
@@ -86,8 +89,10 @@ def run(arguments: Namespace) -> int:
     from mtnlg.cli.training_display import TrainingDisplay
     from mtnlg.training import train
 
-    result = train(config, callbacks=[TrainingDisplay])
-    _say_what_is_next(result)
+    with ProgressDisplay() as progress:
+        result = train(config, [TrainingDisplay], progress, fresh=arguments.fresh)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
+        _say_what_is_next(result)
     return result.exit_code
 
 

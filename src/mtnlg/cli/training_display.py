@@ -40,6 +40,7 @@ class TrainingDisplay(TrainingCallback):
         self._live: Any = None
         self._task: Any = None
         self._said = float("-inf")
+        self._said_step = -1
         self._last: StepMetrics | None = None
 
     def on_start(self, start: RunStart) -> None:
@@ -66,8 +67,7 @@ class TrainingDisplay(TrainingCallback):
         if self._live is not None:
             self._live.update(self._task, completed=metrics.progress, state=step_text(metrics))
         elif time.monotonic() - self._said >= self._interval:
-            self._said = time.monotonic()
-            self._print(f"{metrics.progress:4.0%} {step_text(metrics)}")
+            self._say(metrics)
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """One line for each evaluation."""
@@ -91,12 +91,16 @@ class TrainingDisplay(TrainingCallback):
         if self._live is not None:
             self._live.stop()
             self._live = None
-        elif self._last is not None:
-            self._print(f"{self._last.progress:4.0%} {step_text(self._last)}")
+        elif self._last is not None and self._last.step != self._said_step:
+            self._say(self._last)
         self._print(
             f"stopped after {result.step} steps, {quantity(result.tokens, 'tokens')}, "
             f"{duration(result.seconds)} ({result.stop_reason})"
         )
+
+    def _say(self, metrics: StepMetrics) -> None:
+        self._said, self._said_step = time.monotonic(), metrics.step
+        self._print(f"{metrics.progress:4.0%} {step_text(metrics)}")
 
     def _print(self, text: str) -> None:
         if self._live is not None:
