@@ -257,6 +257,13 @@ def test_folders_that_hold_no_model_are_refused(model, tmp_path):
         MegatronLmModel.from_pretrained(tmp_path / "run")
 
 
+def test_a_misspelt_path_is_no_hub_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "poems").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no such folder: did you mean runs/poems\?"):
+        MegatronLmModel.from_pretrained("runs/poem")
+
+
 def test_weights_of_another_shape_are_refused(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text().replace('"n_embd": 32', '"n_embd": 64')

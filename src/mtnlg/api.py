@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -305,9 +306,7 @@ def _read_pretrained(
 
     folder = Path(name_or_path)
     if not folder.is_dir():
-        if not isinstance(name_or_path, str) or not looks_like_hub_name(name_or_path):
-            raise CheckpointError(f"{folder}: there is no such folder.")
-        folder = fetch_from_hub(name_or_path)
+        folder = _from_elsewhere(name_or_path)
     if is_checkpoint(folder) or is_run(folder):
         saved = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder)
         return saved.config, saved.read_weights(), _read_tokenizer(saved.tokenizer_dir)
@@ -318,6 +317,18 @@ def _read_pretrained(
         )
     config = read_config(folder)
     return config, read_weights(folder, config), _read_tokenizer(folder)
+
+
+def _from_elsewhere(name_or_path: str | os.PathLike[str]) -> Path:
+    """A hub model's folder; a path in a folder that exists is a misspelt path and no hub name."""
+    path = Path(name_or_path)
+    is_path = len(path.parts) > 1 and path.parent.is_dir()
+    if isinstance(name_or_path, str) and looks_like_hub_name(name_or_path) and not is_path:
+        return fetch_from_hub(name_or_path)
+    neighbours = [found.name for found in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, neighbours, n=1, cutoff=0.5)
+    hint = f": did you mean {path.parent / near[0]}?" if near else "."
+    raise CheckpointError(f"{path}: there is no such folder{hint}")
 
 
 def _read_tokenizer(folder: Path | None) -> Tokenizer | None:
