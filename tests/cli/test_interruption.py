@@ -18,7 +18,7 @@ def recipe(tmp_path_factory):
     place = tmp_path_factory.mktemp("interruption")
     path = place / "recipe.yaml"
     path.write_text(
-        "model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 64}\n"
+        "model: {hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2}\n"
         "tokenizer: {vocab_size: 400}\n"
         f"data: {{sequence_length: 32, split: '80,10,10', sources: [{TEXTS}/0*.txt]}}\n"
         "batch: {micro_batch_size: 2, global_batch_size: 2}\n"
