@@ -1,6 +1,6 @@
 """Training a 32,768-token vocabulary: memory, time and characters per token of our cuts and of GPT-2's.
 
-    python benchmarks/tokenizer_training.py --chinese ../shared/data/poems ../shared/data/zh
+    python benchmarks/tokenizer_training.py --chinese poems.jsonl prose/
 
 Each pattern trains in a process of its own, on 35 MB of Chinese (repeated if there is less) and on the
 same with 30 MB of English and code; every 20th document is kept out to measure characters per token on.
