@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,18 @@ from mtnlg.config import (
     ScheduleConfig,
     StopConfig,
     TrainingConfig,
+    TrainingError,
 )
 from mtnlg.parallel import build_mesh
 from mtnlg.tokens.token_writer import TokenFileWriter
-from mtnlg.training import StepMetrics, TrainingCallback, TrainResult, ValidationMetrics, train_on_rank
+from mtnlg.training import (
+    StepMetrics,
+    TrainingCallback,
+    TrainResult,
+    ValidationMetrics,
+    checkpoints,
+    train_on_rank,
+)
 from mtnlg.training.trainer import Trainer
 
 VOCAB_SIZE, LENGTH = 37, 16
@@ -100,6 +109,25 @@ def train_laid_out(config: RunConfig) -> dict[str, Any]:
     recorder = Recorder()
     result = train_on_rank(config, build_mesh(config.layout), [recorder])
     return {"losses": recorder.losses, "result": result, "messages": recorder.messages}
+
+
+def train_with_full_disk(config: RunConfig, rank: int) -> str:
+    """Train while one rank's disk is full; returns the error that this rank got."""
+    mesh = build_mesh(config.layout)
+
+    def write_data(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    original = checkpoints._Writer.write_data
+    if mesh.rank == rank:
+        checkpoints._Writer.write_data = write_data
+    try:
+        train_on_rank(config, mesh)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        checkpoints._Writer.write_data = original
+    return ""
 
 
 def load_and_save(config: RunConfig, run_dir: str) -> None:

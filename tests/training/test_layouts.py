@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 from safetensors import safe_open
-from tests.training.helpers import load_and_save, small_config, train_laid_out
+from tests.training.helpers import load_and_save, small_config, train_laid_out, train_with_full_disk
 
 from mtnlg.config import LayoutConfig, OptimizerConfig, StopConfig
 
@@ -109,3 +109,10 @@ def test_resharding_changes_no_bit(references, ranks, tmp_path, optimizer):
         after = tensors_of(run_dir)
         assert after.keys() == before.keys()
         assert all(torch.equal(after[key], before[key]) for key in before), name
+
+
+def test_full_disk_of_one_rank_is_an_error_on_all_and_no_checkpoint(ranks, tmp_path):
+    config = small_config(tmp_path, layout=layout("pp2"))
+    errors = ranks.run(2, train_with_full_disk, config, 1)
+    assert all("the disk is full" in error for error in errors)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []

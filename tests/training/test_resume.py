@@ -7,6 +7,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,15 @@ import pytest
 from safetensors.torch import load_file
 from tests.training.helpers import Recorder, metrics_lines, small_config, train_here
 
-from mtnlg.config import CheckpointError, DataError, OptimizerConfig, PrecisionConfig, StopConfig
+from mtnlg.config import (
+    CheckpointConfig,
+    CheckpointError,
+    DataError,
+    LayoutConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    StopConfig,
+)
 from mtnlg.training import StepMetrics, TrainingCallback
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,3 +166,38 @@ def test_other_data_is_refused(tmp_path):
     write_tokens(tmp_path / "tokens", documents=70)
     with pytest.raises(DataError):
         train_here(config)
+
+
+def test_ctrl_c_reaches_the_ranks_and_all_of_them_save_once(tmp_path):
+    """Two stages started by ``train``; the signal goes to the process that started them."""
+    config = small_config(
+        tmp_path,
+        layout=LayoutConfig(pipeline_parallel_size=2),
+        stop=StopConfig(steps=10**6),
+        checkpoint=CheckpointConfig(interval_steps=0),
+    )
+    code = (
+        "import pickle, sys; from mtnlg.training import loop;"
+        "loop.prepare = lambda config, progress: config;"
+        "result = loop.train(pickle.load(sys.stdin.buffer));"
+        "print(result.stop_reason, result.step); sys.exit(result.exit_code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=-1, stdout=-1, stderr=-1, cwd=ROOT, env=environment
+    ) as child:
+        assert child.stdin is not None
+        child.stdin.write(pickle.dumps(config))
+        child.stdin.close()
+        child.stdin = None
+        metrics = Path(config.run_dir) / "metrics.jsonl"
+        deadline = time.monotonic() + 100
+        while not metrics.exists() and time.monotonic() < deadline and child.poll() is None:
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        output, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, errors.decode()
+    reason, step = output.decode().split()
+    assert reason == "signal"
+    saved = [path.name for path in (Path(config.run_dir) / "checkpoints").glob("step-*")]
+    assert saved == [f"step-{int(step):08d}"]
