@@ -125,6 +125,8 @@ def test_train_starts_its_own_ranks(config):
     evaluation = EvaluationConfig(0, 2, prompts=["明月"], sample_tokens=3)
     more = replace(config, layout=layout, stop=StopConfig(steps=7), evaluation=evaluation)
     result = train(more, [Recorder])
+    saved = load_run_config(Path(config.run_dir) / "config.yaml").layout
+    assert (saved.pipeline_parallel_size, saved.data_parallel_size) == (2, None)  # left open
     assert (result.step, result.stop_reason) == (7, "steps")
     assert "明月" in (Path(config.run_dir) / "samples.jsonl").read_text(encoding="utf-8")
 

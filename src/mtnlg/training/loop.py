@@ -50,12 +50,15 @@ def train(
     join_slurm()
     device_type = choose_device(config.training.device)
     layout = resolve_layout(config.layout, device_type)
-    config = replace(config, layout=layout)  # validates batch sizes against the real replicas
+    replace(config, layout=layout)  # validates batch sizes against the real replicas
     if ranks_present() is not None and layout.num_ranks > 1:
-        return _join(config, device_type, callbacks, progress, evaluate, fresh)
+        mesh = build_mesh(layout, device_type)
+        config = _prepare_on_main(config, mesh, progress, fresh)
+        return train_on_rank(replace(config, layout=layout), mesh, callbacks, evaluate)
     if fresh:
         forget(config.run_dir)
-    config = prepare(config, progress)
+    # What is saved leaves open what was left open: the same run may go on with more ranks.
+    config = replace(prepare(config, progress), layout=layout)
     if layout.num_ranks == 1:
         return train_on_rank(config, build_mesh(layout, device_type), callbacks, evaluate)
     args = (config, device_type, list(callbacks), evaluate)
@@ -113,16 +116,8 @@ def forget(run_dir: str) -> None:
     shutil.rmtree(Path(run_dir) / "tensorboard", ignore_errors=True)
 
 
-def _join(
-    config: RunConfig,
-    device_type: str,
-    callbacks: Sequence[CallbackSource],
-    progress: Progress,
-    evaluate: EvaluationHook | None,
-    fresh: bool,
-) -> TrainResult:
-    """Be one of the ranks that a launcher started; rank 0 prepares for all."""
-    mesh = build_mesh(config.layout, device_type)
+def _prepare_on_main(config: RunConfig, mesh: Mesh, progress: Progress, fresh: bool) -> RunConfig:
+    """``prepare`` on rank 0 for all ranks that a launcher started."""
     outcome: RunConfig | Exception | None = None
     if mesh.is_main:
         try:
@@ -135,7 +130,7 @@ def _join(
     if isinstance(shared, Exception):
         raise shared
     assert isinstance(shared, RunConfig)
-    return train_on_rank(shared, mesh, callbacks, evaluate)
+    return shared
 
 
 def _rank(
