@@ -176,3 +176,24 @@ def test_a_closed_pipe_ends_quietly():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert b"Traceback" not in done.stderr
+
+
+def test_our_warnings_are_one_line_and_do_not_outlive_the_verb(monkeypatch, capsys):
+    import warnings
+    from types import SimpleNamespace
+
+    import mtnlg.api
+
+    def run(_arguments):
+        warnings.warn_explicit("stops at 32", UserWarning, mtnlg.api.__file__, 7)
+        warnings.warn_explicit("of a library", UserWarning, "/elsewhere/library.py", 7)
+        return 0
+
+    module = SimpleNamespace(EXAMPLE="", add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(cli, "_verb_module", lambda verb: module)
+    before = warnings.showwarning
+    warnings.simplefilter("always")
+    assert cli.main(["generate"]) == 0
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == ["warning: stops at 32", "/elsewhere/library.py:7: UserWarning: of a library"]
+    assert warnings.showwarning is before

@@ -6,10 +6,12 @@ import difflib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from mtnlg import __version__
 
@@ -121,7 +123,9 @@ def _dispatch(arguments: list[str]) -> int:
     module, parser = _verb_module(verb), verb_parser(verb)
     parse = getattr(module, "parse", None)
     parsed = parse(parser, arguments[1:]) if parse else parser.read(arguments[1:])
-    return module.run(parsed) or EXIT_OK
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return module.run(parsed) or EXIT_OK
 
 
 def overview() -> str:
@@ -145,6 +149,22 @@ def overview() -> str:
 
 def _verb_module(verb: str) -> ModuleType:
     return import_module(f"mtnlg.cli.{verb}")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings in one line; those of libraries as Python shows them."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        text = f"warning: {message}"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    print(text, file=file or sys.stderr, flush=True)
 
 
 def _complain(message: str) -> None:
