@@ -166,6 +166,11 @@ def test_wrong_values_are_explained(override, message):
         ("- a\n- b\n", "expected settings such as"),
         ("seed: 1\nmodel: {hidden_size: 64}\nseed: 2\n", "line 3: seed is given twice (also in line 1)"),
         ("model:\n\thidden_size: 3\n", "line 2"),
+        ("seed: 1\nrun_dir: a\x1fb\n", "line 2: the character U+001F"),
+        ("run_dir: 2024-13-45\n", "not valid YAML"),
+        ("model: &again {preset: *again}\n", "not"),
+        ("[1]: 2\n", "not"),
+        ("model: {hidden_size: 2024-01-01}\n", "expected a whole number"),
     ],
 )
 def test_broken_recipes_are_refused_with_the_line(tmp_path, text, message):

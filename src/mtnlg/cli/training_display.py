@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from typing import IO, Any
@@ -60,6 +61,7 @@ class TrainingDisplay(TrainingCallback):
             self._live = _bar(self._stream)
             self._task = self._live.add_task("training", total=1.0, state="first step")
             self._live.start()
+            atexit.register(self._live.stop)  # an error leaves no bar and no hidden cursor behind
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Move the bar, or print a line when the last one is old enough."""
@@ -89,6 +91,7 @@ class TrainingDisplay(TrainingCallback):
     def on_end(self, result: TrainResult) -> None:
         """Take the bar away and say how the run ended."""
         if self._live is not None:
+            atexit.unregister(self._live.stop)
             self._live.stop()
             self._live = None
         elif self._last is not None and self._last.step != self._said_step:

@@ -29,7 +29,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"{text!r} cannot be read as a YAML value; put it into quotes.") from None
 
 
@@ -46,11 +46,11 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int], li
     Raises:
         ConfigError: the text is not YAML, or not a mapping.
     """
-    loader = _Loader(text)
+    lines: dict[str, int] = {}
+    problems: list[str] = []
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
-        lines: dict[str, int] = {}
-        problems: list[str] = []
         if root is None:
             return {}, lines, problems
         if not isinstance(root, yaml.MappingNode):
@@ -61,10 +61,13 @@ def parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[str, int], li
         mark = error.problem_mark
         where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
         raise ConfigError(f"{where}: not valid YAML: {error.problem}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
+    except yaml.reader.ReaderError as error:
+        where = f"{name}, line {text.count(chr(10), 0, error.position) + 1}"
+        raise ConfigError(f"{where}: the character U+{error.character:04X} may not stand here.") from None
+    except (ValueError, RecursionError) as error:  # a date that does not exist, an anchor inside itself
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{name}: not valid YAML: {error}.") from None
 
 
 def _collect_lines(
