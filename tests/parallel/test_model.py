@@ -50,6 +50,12 @@ def test_dropout_differs_where_activations_do(ranks: RankPool, sequence_parallel
     assert (firsts[0] == firsts[1]) is not sequence_parallel, "ranks 0 and 1 share each matrix"
 
 
+@pytest.mark.parametrize("fields", [GPT, LLAMA])
+def test_compiled_layers_get_plain_tensors(ranks: RankPool, fields: dict[str, object]) -> None:
+    # Compiling failed in the backward pass on torch's tensors that are still under way.
+    assert ranks.run(2, workers.embedded_type, fields, layout_fields(2, 1, 1)) == ["Tensor"] * 2
+
+
 def test_wrong_number_of_ranks_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     from tests.ranks import RankError
 

@@ -147,6 +147,15 @@ def split_loss(vocab_size: int, gathers: bool, split_sequence: bool, bytes_at_on
     ]
 
 
+def embedded_type(model_fields: dict[str, Any], layout_fields: dict[str, Any]) -> str:
+    """The type of what the embedding hands to the first layer."""
+    config = MegatronModelConfig(**model_fields)
+    model = lay_out(config, build_mesh(LayoutConfig(**layout_fields)))
+    assert model.decoder.embedding is not None
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    return type(model.decoder.embedding(ids, ids)).__name__
+
+
 def dropout_streams(layout: dict[str, Any]) -> list[float]:
     """One random number of step 1, of step 2, and of step 1 again."""
     config = MegatronModelConfig(vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)

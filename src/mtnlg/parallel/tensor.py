@@ -14,7 +14,14 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor import (
+    DTensor,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -31,27 +38,36 @@ from mtnlg.parallel.vocabulary import VocabularyParallelLoss
 SEQUENCE_DIM = 1
 
 
-class Replicated(ParallelStyle):
-    """Every rank runs the whole module on whole inputs, and keeps its part of the output.
+class OnWholeInputs(ParallelStyle):
+    """Every rank runs the module on whole inputs, with its part of the weights, and keeps its part.
 
-    The parameters become DTensors like all others, which optimizers and checkpoints need.
+    Weights that stay whole become DTensors too: optimizers and checkpoints want all of one kind.
+    The output is waited for, where torch's own styles hand on one that may still be under way, which
+    a compiled layer does not take.
 
     Args:
         output: how the output is left to the next module.
+        weights: how the weights are divided.
     """
 
-    def __init__(self, output: Placement) -> None:
+    def __init__(self, output: Placement, weights: Placement | None = None) -> None:
         super().__init__()
         self.output = output
+        self.weights = weights or Replicate()
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def divide(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+            for key, weight in list(module.named_parameters(recurse=False)):
+                divided = distribute_tensor(weight, mesh, [self.weights], src_data_rank=None)
+                module.register_parameter(key, nn.Parameter(divided))
+
         def whole_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return tuple(DTensor.from_local(item, mesh, [Replicate()], run_check=False) for item in inputs)
 
         def part_of_output(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return output.redistribute(placements=[self.output]).to_local()
 
-        return distribute_module(module, device_mesh, None, whole_input, part_of_output)
+        return distribute_module(module, device_mesh, divide, whole_input, part_of_output)
 
 
 def split_matrices(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
@@ -61,11 +77,11 @@ def split_matrices(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
     device_mesh = mesh.axis("tensor")
     sequence_parallel = mesh.layout.sequence_parallel
     stream: Placement = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
-    norm = SequenceParallel(use_local_output=True) if sequence_parallel else Replicated(Replicate())
+    norm = SequenceParallel(use_local_output=True) if sequence_parallel else OnWholeInputs(Replicate())
     plan: dict[str, ParallelStyle] = {}
     if decoder.embedding is not None:
-        plan["embedding.tokens"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=stream)
-        plan["embedding.positions"] = Replicated(stream)
+        plan["embedding.tokens"] = OnWholeInputs(stream, weights=Shard(0))
+        plan["embedding.positions"] = OnWholeInputs(stream)
     for index in decoder.layers:
         plan.update(_layer_plan(f"layers.{index}", stream, norm))
     if decoder.head is not None:
