@@ -11,6 +11,7 @@ from tests.training.helpers import Recorder, small_config
 
 from mtnlg.config import (
     BlendEntry,
+    CheckpointError,
     ConfigError,
     DataConfig,
     DataError,
@@ -129,6 +130,14 @@ def test_train_starts_its_own_ranks(config):
     assert (saved.pipeline_parallel_size, saved.data_parallel_size) == (2, None)  # left open
     assert (result.step, result.stop_reason) == (7, "steps")
     assert "明月" in (Path(config.run_dir) / "samples.jsonl").read_text(encoding="utf-8")
+
+
+def test_refused_config_does_not_replace_the_runs(config):
+    train(config)
+    saved = (Path(config.run_dir) / "config.yaml").read_text(encoding="utf-8")
+    with pytest.raises(CheckpointError, match="num_hidden_layers was 3 and is 4"):
+        train(replace(config, model=replace(config.model, num_hidden_layers=4)))
+    assert (Path(config.run_dir) / "config.yaml").read_text(encoding="utf-8") == saved
 
 
 def test_nothing_to_train_on_is_said(tmp_path):

@@ -13,7 +13,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mtnlg.config import BlendEntry, ConfigError, DataConfig, DataError, RunConfig, SourceEntry
+from mtnlg.config import (
+    BlendEntry,
+    CheckpointError,
+    ConfigError,
+    DataConfig,
+    DataError,
+    RunConfig,
+    SourceEntry,
+)
 from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.tokens.build_index import build_index
@@ -21,7 +29,13 @@ from mtnlg.tokens.documents import read_documents
 from mtnlg.tokens.sources import find_files
 from mtnlg.tokens.token_file import TokenFile
 from mtnlg.tokens.tokenizer import Tokenizer
-from mtnlg.training.checkpoint_files import list_checkpoints, write_atomically
+from mtnlg.training.checkpoint_files import (
+    latest_checkpoint,
+    list_checkpoints,
+    read_state,
+    write_atomically,
+)
+from mtnlg.training.resume import check_same_run
 
 TOKENIZER_TEXT_CHARACTERS = 200_000_000  # more text than this changes a vocabulary hardly at all
 _NOTES = "prepared.json"
@@ -45,6 +59,7 @@ def prepare(config: RunConfig, progress: Progress = no_progress) -> RunConfig:
     Raises:
         ConfigError: there is nothing to train on, or tokenizer and model do not fit.
         DataError: a source cannot be read, or it changed under a run that has begun.
+        CheckpointError: the folder holds a run that was begun with another config.
     """
     if not config.data.sources and not config.data.blend:
         raise ConfigError(
@@ -58,11 +73,23 @@ def prepare(config: RunConfig, progress: Progress = no_progress) -> RunConfig:
         blend = _encode_sources(config.data, tokenizer, run_dir / "data", notes, progress)
         config = replace(config, data=replace(config.data, sources=[], blend=blend))
     config = _with_vocabulary(config, tokenizer, run_dir)
+    _check_begun_run(config)  # before config.yaml is written over
     for entry in config.data.blend:
         TokenFile(entry.path, vocab_size=config.model.vocab_size)
     _build_index(config, progress)
     save_run_config(config, run_dir / "config.yaml")
     return config
+
+
+def _check_begun_run(config: RunConfig) -> None:
+    latest = latest_checkpoint(config.run_dir)
+    if latest is None:
+        return
+    try:
+        saved = read_state(latest)["config"]
+    except (CheckpointError, KeyError):
+        return  # a damaged checkpoint: training falls back to an older one, or says that there is none
+    check_same_run(config, saved)
 
 
 class _Notes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from mtnlg.config import CheckpointError, RunConfig
+from mtnlg.config import CheckpointError, MegatronModelConfig, RunConfig
 
 STATE_FORMAT = 1
 
@@ -30,6 +30,8 @@ def check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:
         CheckpointError: naming every setting that must not change, with both values.
     """
     now = asdict(config)
+    # A field that is younger than the checkpoint had what is now its default.
+    saved = {**saved, "model": {**asdict(MegatronModelConfig()), **saved["model"]}}
     names = list(_FIXED)
     names += [f"model.{name}" for name in now["model"] if name not in _FREE_MODEL_FIELDS]
     problems = [
