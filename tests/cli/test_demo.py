@@ -56,6 +56,11 @@ def test_the_demo_goes_all_the_way_and_again_at_once(small, tmp_path, capsys):
     assert all(part in again for part in PARTS)
     assert (run / "metrics.jsonl").read_bytes() == metrics
 
+    (run / "demo.json").unlink()  # as if it had been killed while evaluating
+    assert main(words) == 0
+    capsys.readouterr()
+    assert json.loads((run / "demo.json").read_text("utf-8"))["steps"] == values["steps"]
+
     assert main(["demo", "--minutes", "0.04", "--run-dir", str(run)]) == 0
     captured = capsys.readouterr()
     assert f"going on from step {values['steps']}" in captured.err
