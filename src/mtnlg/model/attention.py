@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -22,8 +23,36 @@ class KeyValueCache(Protocol):
         """Append [batch, key_value_heads, new, head_dim]; return everything held, oldest first."""
 
 
+def scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """softmax(Q Kᵀ / √d) V over the keys that ``mask`` allows, for each head.
+
+    Args:
+        query: [batch, heads, sequence, head_dim].
+        key: [batch, key_value_heads, keys, head_dim].
+        value: likewise.
+        mask: [batch, 1, sequence, keys], true where a query may see a key; ``None`` is causal.
+        dropout: share of the attention weights that is dropped.
+
+    Returns:
+        [batch, heads, sequence, head_dim]
+    """
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None and query.shape[2] > 1,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
 class Attention(nn.Module):
-    """softmax(Q Kᵀ / √d) V over the keys that the mask allows, for each head.
+    """Projections of queries, keys and values, attention of each head, and the projection back.
+
+    ``attention_function`` is an attribute so that a layout can put its own in.
 
     Args:
         config: the architecture.
@@ -42,6 +71,7 @@ class Attention(nn.Module):
         self.key = nn.Linear(hidden, key_value_size, bias=bias)
         self.value = nn.Linear(hidden, key_value_size, bias=bias)
         self.output = nn.Linear(query_size, hidden, bias=config.has_attention_output_bias)
+        self.attention_function: Callable[..., Tensor] = scaled_dot_product
         self.query_norm = self.key_norm = None
         if config.qk_normalization:
             self.query_norm = nn.RMSNorm(config.head_size, eps=config.layernorm_eps)
@@ -74,15 +104,9 @@ class Attention(nn.Module):
             query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
             key, value = cache.update(self.layer_index, key, value)
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            is_causal=mask is None and query.shape[2] > 1,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # [batch, heads, sequence, head_dim]
+        dropout = self.attention_dropout if self.training else 0.0
+        context = self.attention_function(query, key, value, mask, dropout)
+        # [batch, heads, sequence, head_dim]
         return self.output(context.transpose(1, 2).flatten(2))
 
     def _split_heads(self, projected: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ forgets its logits. Memory is one chunk of logits instead of [tokens, vocabulary
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 IGNORED_LABEL = -100
 LOGITS_BYTES = 2**28  # float32 logits held at once
 
+Product = Callable[[Tensor, Tensor], Tensor]
+
 
 def tokens_per_chunk(num_tokens: int, vocab_size: int) -> int:
     """Tokens whose float32 logits fit into ``LOGITS_BYTES``, in chunks of nearly equal size."""
@@ -24,13 +27,22 @@ def tokens_per_chunk(num_tokens: int, vocab_size: int) -> int:
     return -(-num_tokens // num_chunks) if num_chunks else 1
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    product: Product = F.linear,
+    block_bytes: int | None = None,
+) -> Tensor:
     """Sum of the cross entropies of ``hidden @ weight.T`` over all labels that are not ignored.
 
     Args:
         hidden: [batch, sequence, hidden], already normalized.
         weight: [vocab, hidden] of the head.
         labels: [batch, sequence]; ``-100`` is ignored.
+        product: computes ``hidden @ weight.T``.
+        block_bytes: float32 logits that are made into a loss and gradient at once; ``None`` is a
+            quarter of a chunk. A block that stays in a processor's cache is read from memory only once.
 
     Returns:
         A float32 scalar in nats, the sum and not the mean: the caller divides by the number of valid
@@ -38,55 +50,61 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     """
     tokens, targets = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad):
-        return _ChunkedCrossEntropy.apply(tokens, weight, targets)
+        return _ChunkedCrossEntropy.apply(
+            tokens, weight, targets, product, block_bytes or LOGITS_BYTES // 4
+        )
     step = tokens_per_chunk(len(targets), weight.shape[0])
     total = torch.zeros((), dtype=torch.float32, device=tokens.device)
     for part, target in zip(tokens.split(step), targets.split(step)):
-        logits = F.linear(part, weight).float()
+        logits = product(part, weight).float()
         total = total + F.cross_entropy(logits, target, ignore_index=IGNORED_LABEL, reduction="sum")
     return total
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, tokens: Tensor, weight: Tensor, targets: Tensor, product: Product, block_bytes: int
+    ) -> Tensor:
         step = tokens_per_chunk(len(targets), weight.shape[0])
+        rows = max(1, block_bytes // (4 * weight.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=tokens.device)
         token_gradient = torch.empty_like(tokens)
         weight_gradient: Tensor | None = None
         for start in range(0, len(targets), step):
-            part = tokens[start : start + step]
-            logits = F.linear(part, weight).float()  # [chunk, vocab]
-            loss, gradient = loss_and_logit_gradient(logits, targets[start : start + step])
-            total += loss
-            gradient = gradient.to(weight.dtype)
-            torch.mm(gradient, weight, out=token_gradient[start : start + step])
-            product = gradient.t() @ part  # [vocab, hidden]
+            part, target = tokens[start : start + step], targets[start : start + step]
+            logits = product(part, weight)  # [chunk, vocab], soon their own gradient
+            for block, labels in zip(logits.split(rows), target.split(rows)):
+                loss, gradient = loss_and_logit_gradient(block.float(), labels)
+                block.copy_(gradient)
+                total += loss
+            token_gradient[start : start + step] = logits @ weight.to(logits.dtype)
+            update = logits.t() @ part.to(logits.dtype)  # [vocab, hidden]
             if weight_gradient is None:
-                weight_gradient = product if step >= len(targets) else product.float()
+                weight_gradient = update if step >= len(targets) else update.float()
             else:
-                weight_gradient += product
+                weight_gradient += update
         if weight_gradient is None:
             weight_gradient = torch.zeros_like(weight)
         ctx.save_for_backward(token_gradient, weight_gradient.to(weight.dtype))
         return total
 
     @staticmethod
-    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        token_gradient, weight_gradient = ctx.saved_tensors
-        scale = output_gradients[0]
-        return token_gradient * scale, weight_gradient * scale, None
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaled in place: torch refuses a second pass through changed tensors instead of erring.
+        scaled = [gradient.mul_(output_gradients[0]) for gradient in ctx.saved_tensors]
+        return (*scaled, None, None, None)
 
 
 def loss_and_logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of float32 ``logits`` [tokens, vocab] and its gradient, in their memory."""
+    """Summed cross entropy of float32 ``logits`` [tokens, vocab], and its gradient by them."""
     valid = targets != IGNORED_LABEL
     index = targets.where(valid, 0)[:, None]
-    chosen = logits.gather(1, index)
-    normalizer = logits.logsumexp(dim=1, keepdim=True)
-    loss = ((normalizer - chosen).squeeze(1) * valid).sum()
-    gradient = logits.sub_(normalizer).exp_()
-    gradient.scatter_add_(1, index, torch.full_like(chosen, -1.0))
+    gradient = logits.softmax(dim=1)
+    # log Σ exp(x) = max x - log max softmax(x): one pass of exponentials serves loss and gradient.
+    normalizer = logits.amax(dim=1, keepdim=True) - gradient.amax(dim=1, keepdim=True).log()
+    loss = ((normalizer - logits.gather(1, index)).squeeze(1) * valid).sum()
+    gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
     if not bool(valid.all()):
         gradient.mul_(valid[:, None])
     return loss, gradient

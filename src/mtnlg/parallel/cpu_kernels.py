@@ -1,0 +1,38 @@
+"""The kernels that a CPU trains fastest with, put into a plain model from outside (docs/performance.md)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from mtnlg.model import DecoderLayer, MegatronLmDecoder, summed_cross_entropy
+from mtnlg.parallel.cpu_attention import blockwise_attention
+from mtnlg.parallel.cpu_linear import onednn_linear
+
+BLOCK_BYTES = 2**22  # logits that stay in the cache between the passes over them
+
+
+def use_cpu_kernels(decoder: MegatronLmDecoder, is_divided: bool) -> None:
+    """Replace attention, linear layers and the loss by functions of the same values.
+
+    Args:
+        decoder: the model, or one stage of it.
+        is_divided: its matrices are split over tensor-parallel ranks, which then keep their own linear
+            layers and loss.
+    """
+    for layer in decoder.layers.values():
+        assert isinstance(layer, DecoderLayer)
+        layer.attention.attention_function = blockwise_attention
+        for module in () if is_divided else layer.modules():
+            if isinstance(module, nn.Linear):
+                # The forward of the instance is replaced instead of the module: names stay.
+                module.forward = partial(_linear, module)  # type: ignore[method-assign]
+    if decoder.head is not None and not is_divided:
+        decoder.head.loss_function = partial(
+            summed_cross_entropy, product=onednn_linear, block_bytes=BLOCK_BYTES
+        )
+
+
+def _linear(module: nn.Linear, inputs: Tensor) -> Tensor:
+    return onednn_linear(inputs, module.weight, module.bias)
