@@ -27,7 +27,7 @@ from tests.parallel.test_checkpoints import assert_bit_equal, merged
 from tests.ranks import RankPool
 
 SEVEN = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
-BF16_BOUND = 0.02  # bf16 keeps 8 bits; summation order moves the last of them
+BF16_BOUND = 0.05  # bf16 keeps 8 bits: tensor-parallel sums of sums round twice
 
 
 def cases() -> Iterator[Case]:

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from tests.parallel import workers
 from tests.ranks import RankError, RankPool
@@ -5,7 +7,8 @@ from tests.ranks import RankError, RankPool
 
 def test_every_rank_answers_and_processes_are_reused(ranks: RankPool) -> None:
     assert ranks.run(2, workers.sum_of_ranks, 10) == [11, 11]
-    assert ranks.run(1, workers.sum_of_ranks, 10) == [10]
+    assert ranks.run(2, workers.process_id) == ranks.run(2, workers.process_id)
+    assert ranks.run(1, workers.process_id) == [os.getpid()]
 
 
 def test_failing_rank_fails_the_call_with_all_traces_and_the_pool_recovers() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mtnlg.config import LayoutConfig, MegatronModelConfig, OptimizerConfig, PrecisionConfig
@@ -25,10 +27,32 @@ from mtnlg.training.step import TrainingStep
 SEED = 7
 
 
+def mesh_of(layout_fields: dict[str, Any]) -> Mesh:
+    """The mesh of a layout, its process groups made once for all layouts of these sizes."""
+    layout = LayoutConfig(**layout_fields)
+    mesh = _mesh(
+        layout.tensor_parallel_size,
+        layout.pipeline_parallel_size,
+        layout.data_parallel_size,
+        layout.data_parallel_sharding if layout.data_parallel_sharding == "none" else "full",
+    )
+    return replace(mesh, layout=layout)
+
+
+@cache
+def _mesh(tensor: int, pipeline: int, data: int | None, sharding: str) -> Mesh:
+    layout = LayoutConfig(tensor, pipeline, data, data_parallel_sharding=sharding)
+    return build_mesh(layout)
+
+
 def sum_of_ranks(start: int) -> int:
     total = torch.tensor(dist.get_rank())
     dist.all_reduce(total)
     return start + int(total)
+
+
+def process_id() -> int:
+    return os.getpid()
 
 
 def fail_on_rank_one() -> None:
@@ -100,7 +124,7 @@ def one_step(
 ) -> dict[str, Any]:
     """Loss, gradients and norm of one step, and the first weights, of this rank's part."""
     config = MegatronModelConfig(**model_fields)
-    mesh = build_mesh(LayoutConfig(**layout_fields))
+    mesh = mesh_of(layout_fields)
     model = lay_out(config, mesh, seed=SEED, **options)
     weights = {name: whole(item).detach().numpy().copy() for name, item in model.named_parameters()}
     batches = make_batches(config.vocab_size, **data_fields)
@@ -122,11 +146,11 @@ def one_step(
 def split_loss(vocab_size: int, gathers: bool, split_sequence: bool, bytes_at_once: int) -> list[Any]:
     """Loss and gradients over vocabulary shards beside the plain loss, in several chunks of tokens."""
     plain_loss.LOGITS_BYTES = bytes_at_once
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh_of({"tensor_parallel_size": dist.get_world_size(), "data_parallel_size": 1}).axis("tensor")
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(2, 6, 5, generator=generator, requires_grad=True)
+    hidden = torch.randn(2, 8, 5, generator=generator, requires_grad=True)
     weight = torch.randn(vocab_size, 5, generator=generator, requires_grad=True)
-    labels = torch.randint(0, vocab_size, (2, 6), generator=generator)
+    labels = torch.randint(0, vocab_size, (2, 8), generator=generator)
     labels[0, :3] = IGNORED_LABEL
     expected = plain_loss.summed_cross_entropy(hidden, weight, labels)
     expected.backward()
@@ -150,7 +174,7 @@ def split_loss(vocab_size: int, gathers: bool, split_sequence: bool, bytes_at_on
 def embedded_type(model_fields: dict[str, Any], layout_fields: dict[str, Any]) -> str:
     """The type of what the embedding hands to the first layer."""
     config = MegatronModelConfig(**model_fields)
-    model = lay_out(config, build_mesh(LayoutConfig(**layout_fields)))
+    model = lay_out(config, mesh_of(layout_fields))
     assert model.decoder.embedding is not None
     ids = torch.zeros(1, 8, dtype=torch.long)
     return type(model.decoder.embedding(ids, ids)).__name__
@@ -159,7 +183,7 @@ def embedded_type(model_fields: dict[str, Any], layout_fields: dict[str, Any]) -
 def dropout_streams(layout: dict[str, Any]) -> list[float]:
     """One random number of step 1, of step 2, and of step 1 again."""
     config = MegatronModelConfig(vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=2)
-    model = lay_out(config, build_mesh(LayoutConfig(**layout)))
+    model = lay_out(config, mesh_of(layout))
     numbers = []
     for step in (1, 2, 1):
         model.seed_dropout(2**40, step)
@@ -186,7 +210,7 @@ def continue_training(
         The state as loaded and as saved, the loss of each step.
     """
     config = MegatronModelConfig(**model_fields)
-    mesh = build_mesh(LayoutConfig(**layout_fields))
+    mesh = mesh_of(layout_fields)
     model = lay_out(config, mesh, seed=SEED if step == 0 else SEED + 1)  # what is loaded is told apart
     optimizer_config = OptimizerConfig(learning_rate=0.02, muon_learning_rate=0.02, **optimizer_fields)
     optimizer = Optimizer(model.named_parameters(), optimizer_config)

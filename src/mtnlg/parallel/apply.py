@@ -6,6 +6,7 @@ import torch
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.parallel.cpu_kernels import use_cpu_kernels
 from mtnlg.parallel.data import shard_over_replicas
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
@@ -14,6 +15,9 @@ from mtnlg.parallel.recompute import compile_layers, recompute_activations
 from mtnlg.parallel.stage import Stage
 from mtnlg.parallel.tensor import split_matrices
 from mtnlg.parallel.weights import initialize
+
+# Of the computation; ``None`` is that of the weights, float32.
+DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def lay_out(
@@ -38,13 +42,16 @@ def lay_out(
         decoder = MegatronLmDecoder(config)
     cut_stage(decoder, mesh)
     split_matrices(decoder, mesh)
+    if mesh.device.type == "cpu":
+        use_cpu_kernels(decoder, is_divided=mesh.tensor_size > 1)
     recompute_activations(decoder, recomputation)
     if compile:
         compile_layers(decoder)
     shards = mesh.tensor_size if mesh.layout.sequence_parallel else 1
     stage = Stage(decoder, sequence_shards=shards)
-    shard_over_replicas(stage, mesh)
+    dtype = DTYPES[precision]
+    shard_over_replicas(stage, mesh, dtype)
     stage.to_empty(device=mesh.device)
     decoder.tie_weights()  # ``to_empty`` gives a shared parameter two memories
     initialize(stage, config, seed)
-    return ParallelModel(stage, config, mesh, precision)
+    return ParallelModel(stage, config, mesh, dtype)

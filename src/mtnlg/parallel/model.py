@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,8 @@ from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.pipeline import Pipeline
 from mtnlg.parallel.stage import Stage
 from mtnlg.parallel.weights import TIED_COPY, canonical_name
+from mtnlg.parallel.working_copy import WorkingCopy
 from mtnlg.tokens.batch import Batch
-
-_AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ParallelModel:
@@ -31,28 +29,37 @@ class ParallelModel:
         stage: this rank's part of the model.
         config: the whole architecture.
         mesh: this rank's place.
-        precision: ``float32``, ``bf16`` or ``fp16``; weights stay float32, matrix products run in it.
+        dtype: of the computation where it is not float32; the parameters named here stay float32. In
+            one process a working copy is cast after each step, over ranks FSDP casts as it gathers.
     """
 
     def __init__(
-        self, stage: Stage, config: MegatronModelConfig, mesh: Mesh, precision: str = "float32"
+        self,
+        stage: Stage,
+        config: MegatronModelConfig,
+        mesh: Mesh,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.stage = stage
         self.config = config
         self.mesh = mesh
         self.device = mesh.device
-        self.autocast_dtype = _AUTOCAST[precision]
-        self._pipeline = Pipeline(stage, mesh, config.hidden_size) if mesh.num_stages > 1 else None
+        self._pipeline = Pipeline(stage, mesh, config.hidden_size, dtype) if mesh.num_stages > 1 else None
         names = {canonical_name(name): item for name, item in stage.named_parameters()}
         # The last stage's copy of a tied embedding goes by the embedding's name, as in one process.
         self._holds_tied_copy = config.tie_word_embeddings and mesh.num_stages > 1 and mesh.is_last_stage
         if self._holds_tied_copy:
             names["embedding.tokens.weight"] = names.pop(TIED_COPY)
         self._parameters = names
+        self._working_copy: WorkingCopy | None = None
+        if self.is_whole and dtype is not None:
+            self._working_copy = WorkingCopy(names, dtype)
+            self._parameters = self._working_copy.masters
 
     @property
     def decoder(self) -> MegatronLmDecoder:
         """This rank's decoder; in one process the whole plain model, fit for generation."""
+        self._refresh()
         return self.stage.decoder
 
     @property
@@ -109,11 +116,11 @@ class ParallelModel:
             The unscaled loss summed over this replica's tokens (float32 scalar, nats); zero on stages
             before the last. :meth:`Mesh.sum_over_stages_and_replicas` makes it the step's.
         """
+        self._refresh()
         factor = loss_scale / torch.as_tensor(num_valid_tokens, dtype=torch.float32, device=self.device)
         batches = [batch.to(self.device) for batch in batches]
         if self._pipeline is not None:
-            with self._autocast():
-                total = self._pipeline.forward_backward(batches, factor)
+            total = self._pipeline.forward_backward(batches, factor)
         else:
             total = self._accumulate(batches, factor)
         if not self.is_whole:
@@ -130,13 +137,13 @@ class ParallelModel:
         Returns:
             Two float64 scalars, the same on every rank.
         """
+        self._refresh()
         training = self.stage.training
         self.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
             batch = batch.to(self.device)
-            with self._autocast():
-                loss = self._pipeline.evaluate(batch) if self._pipeline else self._loss(batch)
+            loss = self._pipeline.evaluate(batch) if self._pipeline else self._loss(batch)
             if self.mesh.is_last_stage:
                 sums[0] += loss
                 sums[1] += (batch.labels != IGNORED_LABEL).sum()
@@ -165,8 +172,7 @@ class ParallelModel:
                 last = index == len(batches) - 1
                 self.stage.set_requires_gradient_sync(last)
                 self.stage.set_is_last_backward(last)
-            with self._autocast():
-                loss = self._loss(batch)
+            loss = self._loss(batch)
             (loss * factor).backward()
             total += loss.detach()
         return total
@@ -179,7 +185,6 @@ class ParallelModel:
     def _loss(self, batch: Batch) -> Tensor:
         return self.stage(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+    def _refresh(self) -> None:
+        if self._working_copy is not None:
+            self._working_copy.refresh()

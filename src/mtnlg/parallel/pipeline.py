@@ -44,12 +44,16 @@ class Pipeline:
         stage: this rank's part of the model.
         mesh: this rank's place.
         hidden_size: width of what stages send each other.
+        dtype: of what they send; ``None`` is float32.
     """
 
-    def __init__(self, stage: Stage, mesh: Mesh, hidden_size: int) -> None:
+    def __init__(
+        self, stage: Stage, mesh: Mesh, hidden_size: int, dtype: torch.dtype | None = None
+    ) -> None:
         self.stage = stage
         self.mesh = mesh
         self.hidden_size = hidden_size
+        self.dtype = dtype or torch.float32
         self.group = mesh.axis("pipeline").get_group()
         self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle] = {}
         self._factor = torch.ones((), device=mesh.device)
@@ -92,7 +96,8 @@ class Pipeline:
     def _empty_hidden(self, rows: int, columns: int) -> Tensor:
         """Room for hidden states that cross from stage to stage: [batch, sequence / shards, hidden]."""
         shards = self.mesh.tensor_size if self.mesh.layout.sequence_parallel else 1
-        return torch.empty(rows, columns // shards, self.hidden_size, device=self.mesh.device)
+        shape = (rows, columns // shards, self.hidden_size)
+        return torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
 
     def _schedule(self, count: int, rows: int, columns: int) -> PipelineScheduleSingle:
         key = (count, rows, columns)

@@ -105,11 +105,9 @@ def _loss_and_gradients(
     total = torch.zeros((), dtype=torch.float32, device=tokens.device)
     token_gradient = torch.empty_like(tokens) if with_gradients else None
     weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
-    computed = weight.to(_compute_dtype(weight))  # cast once, not once a chunk
     for start in range(0, len(targets), step):
-        part = tokens[start : start + step].to(computed.dtype)
-        target = targets[start : start + step]
-        logits = F.linear(part, computed).float()  # [chunk, part of vocab]
+        part, target = tokens[start : start + step], targets[start : start + step]
+        logits = F.linear(part, weight).float()  # [chunk, part of vocab]
         if gathers:
             loss, gradient = loss_and_logit_gradient(shards.gather(logits), target)
             gradient = gradient[:, shards.start : shards.end]
@@ -117,15 +115,10 @@ def _loss_and_gradients(
             loss, gradient = _split_loss_and_gradient(logits, target, shards)
         total += loss
         if token_gradient is not None and weight_gradient is not None:
-            gradient = gradient.to(computed.dtype)
-            token_gradient[start : start + step] = gradient @ computed
+            gradient = gradient.to(weight.dtype)
+            token_gradient[start : start + step] = gradient @ weight
             weight_gradient += gradient.t() @ part
     return total, token_gradient, weight_gradient
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _split_loss_and_gradient(logits: Tensor, targets: Tensor, shards: _Shards) -> tuple[Tensor, Tensor]:
