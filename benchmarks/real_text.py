@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/real-text"))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
-    parser.add_argument(
-        "--override", action="append", default=[], help="of our recipe: --a.b=value"
-    )
+    parser.add_argument("--override", action="append", default=[], help="of our recipe: --a.b=value")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder = arguments.out / arguments.corpus
