@@ -90,3 +90,15 @@ def test_a_model_laid_out_for_a_cpu_computes_what_the_plain_one_does(family):
     largest = max(float(gradient.abs().max()) for gradient in gradients[0])
     for one, other in zip(*gradients):
         assert float((one - other).abs().max()) < 1e-5 * largest
+
+
+def test_layers_compile_with_these_kernels():
+    """Traced, not compiled to code: that the operators can be, is a matter of their signatures."""
+    weight, bias = torch.randn(6, 4, requires_grad=True), torch.randn(6, requires_grad=True)
+    inputs = torch.randn(2, 3, 4, requires_grad=True)
+    compiled = torch.compile(onednn_linear, backend="aot_eager")
+    ours, expected = (
+        values_and_gradients(function, (inputs, weight, bias)) for function in (compiled, F.linear)
+    )
+    for actual, wanted in zip(ours, expected):
+        torch.testing.assert_close(actual, wanted)

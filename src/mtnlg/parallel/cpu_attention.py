@@ -20,6 +20,7 @@ BLOCK = 128  # queries at once
 KEPT_BYTES = 2**27  # attention weights of one layer that may wait for its backward pass
 
 
+@torch.compiler.disable  # its products are the work: compiled, its blocks only make the graph long
 def blockwise_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:

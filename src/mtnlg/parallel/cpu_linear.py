@@ -27,7 +27,20 @@ def _is_available() -> bool:
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _opaque_product(inputs, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+# The compiler takes oneDNN's operator for one of its own making; under another name it lets it be.
+@torch.library.custom_op("mtnlg::onednn_product", mutates_args=(), device_types="cpu")
+def _opaque_product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+@_opaque_product.register_fake
+def _(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
 
 
 class _OneDnnLinear(torch.autograd.Function):
