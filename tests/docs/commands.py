@@ -49,11 +49,13 @@ def split_command(line):
 
 def furnish(place):
     """Make ``place`` look like a checkout with some text and a trained run."""
+    import zstandard
+
     from mtnlg.cli.main import main
 
-    for name in ("recipes", "data", "benchmarks"):
-        if (ROOT / name).exists():
-            (place / name).symlink_to(ROOT / name)
+    (place / "data").mkdir()
+    (place / "data" / "zh").symlink_to(ROOT / "data" / "zh")
+    (place / "recipes").symlink_to(ROOT / "recipes")
     lines = [
         line
         for path in sorted((ROOT / "data" / "zh").glob("*.txt"))
@@ -63,6 +65,9 @@ def furnish(place):
     (place / "texts").mkdir()
     with (place / "texts" / "some.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": line}, ensure_ascii=False) + "\n" for line in lines)
+    (place / "web").mkdir()
+    packed = zstandard.compress((place / "texts" / "some.jsonl").read_bytes())
+    (place / "web" / "some.jsonl.zst").write_bytes(packed)
     with (place / "poems.jsonl").open("w", encoding="utf-8") as file:
         for line in lines:
             record = {"text": line, "paragraphs": line.split("，")}

@@ -1,12 +1,12 @@
 """Every command in the documentation and in the verbs' help is run here, or checked and run elsewhere."""
 
-import importlib
 import re
 import shlex
 import tomllib
+from pathlib import Path
 
 import pytest
-from tests.docs.commands import PAGES, ROOT, TINY, blocks, feed, furnish, shell_commands, split_command
+from tests.docs.commands import PAGES, ROOT, RUN, TINY, blocks, feed, furnish, shell_commands, split_command
 
 from mtnlg.cli import main as cli
 
@@ -25,10 +25,11 @@ def furnished(tmp_path_factory):
 @pytest.fixture
 def place(furnished, tmp_path, monkeypatch):
     """A folder of its own for each page, where its commands run in order."""
-    (tmp_path / "runs").mkdir()
-    for path in [*furnished.iterdir(), *(furnished / "runs").iterdir()]:
-        if path.name != "runs":
-            (tmp_path / path.relative_to(furnished)).symlink_to(path)
+    for folder in (tmp_path, tmp_path / "runs", tmp_path / "data"):
+        folder.mkdir(exist_ok=True)
+        for path in (furnished / folder.relative_to(tmp_path)).iterdir():
+            if path.name not in ("runs", "data"):
+                (folder / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -56,6 +57,8 @@ class Trial:
         elif verb == "train":
             self._train(rest, with_ranks)
         else:
+            if verb == "encode" and not Path("tokenizer").exists():  # made on the page before
+                Path("tokenizer").symlink_to(Path(RUN).resolve() / "tokenizer")
             assert cli.main(words) == 0
 
     def _train(self, words, with_ranks):
@@ -86,12 +89,6 @@ class Trial:
             assert parts[0] in ("pytest", "mtnlg") or ROOT.joinpath(*parts).with_suffix(".py").exists()
         else:
             assert (ROOT / words[0]).exists()  # a benchmark, tried by its own test
-
-    def _torchrun(self, words, _with_ranks):
-        module = words[words.index("-m") + 1]
-        assert module == "mtnlg" or importlib.util.find_spec(module)
-        position = words.index("train")
-        self._train(words[position + 1 :], False)
 
 
 @pytest.mark.parametrize("page", SHELL_PAGES, ids=[page.name for page in SHELL_PAGES])
@@ -131,6 +128,14 @@ def test_every_link_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_a_command_outside_sh_blocks_is_only_a_pattern():
+    """One with a placeholder such as SOURCE or CONFIG; whatever can be typed stands in an sh block."""
+    for page in PAGES:
+        for line in "".join(blocks(page, "")).splitlines():
+            if re.match(r"(mtnlg|make|python|pip|torchrun|srun) ", line):
+                assert re.search(r"\b[A-Z]{3,}\b", line), f"{page.name}: {line}"
 
 
 def test_an_unknown_command_would_be_noticed(monkeypatch):
