@@ -42,7 +42,7 @@ def run(arguments: Namespace) -> int:
         return 0
     result = _train(folder, arguments.minutes, arguments.force)
     if result.exit_code:
-        print("go on with:  mtnlg demo")
+        print(f"go on with:  mtnlg demo --minutes {arguments.minutes:g} --run-dir {folder}")
         return result.exit_code
     values = _look_at(folder, result, arguments.minutes)
     (folder / RESULT_FILE).write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -128,5 +128,6 @@ def _show(values: dict[str, Any], folder: Path) -> None:
     print("\nNext:")
     print(f'  mtnlg generate {folder} "春天的早晨"')
     print(f"  mtnlg evaluate {folder} --split test")
-    print("  mtnlg demo --minutes 15                 # go on training the same model")
-    print("  mtnlg train --help                      # your own text: docs/train.md")
+    more = f"mtnlg demo --minutes {5 * values['minutes']:g} --run-dir {folder}"
+    print(f"  {more}  # go on training the same model")
+    print("  mtnlg train --help  # your own text: docs/train.md")
