@@ -140,6 +140,10 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
         )
         self.peer = peer
+        self.about: dict[str, Any] = {}
+
+    def wait(self) -> None:
+        """Until it has built its model."""
         self.about = self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -164,6 +168,8 @@ def measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
     say(f"{row}: starting")
     workers = [Worker(peer, row, arguments) for peer in arguments.peers]
     lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for worker in workers:  # they build side by side, and run only in turn
+        worker.wait()
     for worker in workers:
         for mode in worker.about.get("modes", []):
             first = worker.run(mode)  # compiles, allocates; not counted
