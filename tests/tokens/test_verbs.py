@@ -97,5 +97,7 @@ def test_training_keeps_some_text_out_and_samples_evenly(tmp_path) -> None:
 def test_the_python_of_the_pages_runs(page: str, corpus) -> None:
     Tokenizer.train(TEXTS, 400).save_pretrained("tokenizer")
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        exec(compile(code, page, "exec"), {})
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert examples, f"{page}.md shows no Python"
+    for code in examples:
+        exec(compile(code, page, "exec"), {})  # an example that is wrong raises
