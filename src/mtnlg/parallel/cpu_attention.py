@@ -13,8 +13,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mtnlg.model.attention import scaled_dot_product
 
 BLOCK = 128  # queries at once
 KEPT_BYTES = 2**27  # attention weights of one layer that may wait for its backward pass
@@ -36,13 +37,9 @@ def blockwise_attention(
     Returns:
         [batch, heads, sequence, head_dim]
     """
-    grouped = query.shape[1] != key.shape[1]
     if mask is not None or dropout > 0.0 or query.shape[2] != key.shape[2] or not torch.is_grad_enabled():
-        causal = mask is None and query.shape[2] > 1
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
-        )
-    if grouped:
+        return scaled_dot_product(query, key, value, mask, dropout)
+    if query.shape[1] != key.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = (item.repeat_interleave(repeats, dim=1) for item in (key, value))
     return _BlockwiseAttention.apply(query, key, value)
