@@ -1,7 +1,7 @@
 """Number formats: weights, gradients and optimizer state are float32, products run in the config's.
 
-The laid-out model applies ``torch.autocast`` around its forward passes; what is left to say here is
-which dtype's peak a step is measured against.
+The laid-out model holds the 16-bit working copy (``parallel/working_copy.py``; over ranks FSDP casts
+as it gathers); what is left to say here is which dtype's peak a step is measured against.
 """
 
 from __future__ import annotations
