@@ -62,15 +62,15 @@ def test_a_model_in_bf16_learns_and_shows_float32_weights():
     tokens = torch.randint(0, 61, (4, 17))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     first, valid = (float(value) for value in model.evaluate([batch]))
-    for _ in range(10):
+    for _ in range(20):
         model.forward_backward([batch], valid)
         with torch.no_grad():
             for _, parameter in model.named_parameters():
                 assert parameter.dtype == parameter.grad.dtype == torch.float32
-                parameter -= 0.5 * parameter.grad
+                parameter -= 0.15 * parameter.grad
         model.zero_gradients()
     last, _ = model.evaluate([batch])
-    assert float(last) < 0.8 * first
+    assert float(last) < 0.9 * first
     assert all(item.dtype == torch.float32 for item in model.state_dict().values())
     weight = model.decoder.head.output.weight
     assert weight.dtype == torch.bfloat16
