@@ -1,4 +1,4 @@
-"""Makes ``tests`` importable, here and in the ranks, the pool of ranks a fixture for all, and chance repeat."""
+"""Makes ``tests`` importable here and in the ranks, the pool of ranks a fixture, and chance repeat."""
 
 import sys
 from pathlib import Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mtnlg.config import LayoutConfig, MegatronModelConfig, OptimizerConfig, PrecisionConfig
+from mtnlg.config import LayoutConfig, MegatronModelConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
 from mtnlg.parallel.apply import lay_out
 from mtnlg.parallel.mesh import build_mesh
 from mtnlg.tokens.batch import Batch
@@ -50,6 +50,11 @@ def _training_step(config: MegatronModelConfig, precision: str, device: str, com
         weight_decay=WEIGHT_DECAY,
         clip_grad_norm=CLIP,
     )
-    model = lay_out(config, build_mesh(LayoutConfig(), device), precision=precision, compile=compile)
+    model = lay_out(
+        config,
+        build_mesh(LayoutConfig(), device),
+        precision=PrecisionConfig(precision),
+        switches=TrainingConfig(compile=compile),
+    )
     scale = LossScale(PrecisionConfig(dtype=precision))
     return TrainingStep(model, Optimizer(model.named_parameters(), optimizer), optimizer, scale, 10)

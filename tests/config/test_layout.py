@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtnlg.config import ConfigError, LayoutConfig, MegatronModelConfig, layout_problems
-from mtnlg.config.layout import layers_of_stages
+from mtnlg.config.division import layers_of_stages
 
 MODEL = MegatronModelConfig(vocab_size=101, hidden_size=48, num_hidden_layers=5, num_attention_heads=6)
 
@@ -12,7 +12,7 @@ def test_out_of_range_sizes_are_all_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         LayoutConfig(tensor_parallel_size=0, pipeline_parallel_size=-1, pipeline_schedule="zigzag")
     assert len(caught.value.problems) == 3
-    assert "choose one of 1f1b, gpipe" in str(caught.value)
+    assert "choose one of gpipe, 1f1b" in str(caught.value)
 
 
 def test_everything_that_does_not_fit_is_listed_at_once() -> None:

@@ -36,15 +36,15 @@ def cases() -> Iterator[Case]:
         yield Case(tensor, pipeline, data, family, tied)
     for tensor, pipeline, data in SEVEN:
         yield Case(tensor, pipeline, data, "llama", documents=True)
-        yield Case(tensor, pipeline, data, "gpt", options={"recomputation": "full"})
-        yield Case(tensor, pipeline, data, "gpt", options={"precision": "bf16"})
+        yield Case(tensor, pipeline, data, "gpt", switches={"activation_recomputation": "full"})
+        yield Case(tensor, pipeline, data, "gpt", precision={"dtype": "bf16"})
     for data in (1, 2):
         yield Case(2, 1, data, layout={"sequence_parallel": False})
         yield Case(2, 2, data, "llama", False, layout={"sequence_parallel": False}, documents=True)
         yield Case(2, 1, data, model={"parallel_output": False})
-        yield Case(2, 2, data, "llama", options={"recomputation": "selective"})
+        yield Case(2, 2, data, "llama", switches={"activation_recomputation": "selective"})
         yield Case(1, 2, data, layout={"pipeline_schedule": "gpipe"})
-    for sharding in ("gradients", "none"):
+    for sharding in ("ddp", "zero2", "zero3"):
         for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
             yield Case(tensor, pipeline, 2, "gpt", layout={"data_parallel_sharding": sharding})
     yield Case(1, 3, 1, "llama")
@@ -59,7 +59,7 @@ def cases() -> Iterator[Case]:
 def compiled_cases() -> Iterator[Case]:
     """Layouts with ``torch.compile`` on each layer (minutes: every rank compiles)."""
     for sizes in ((1, 1, 1), *SEVEN):
-        yield Case(*sizes, family="llama", options={"compile": True})
+        yield Case(*sizes, family="llama", switches={"compile": True})
 
 
 def parity_rows(
@@ -75,7 +75,7 @@ def parity_rows(
 
 def is_good(case: Case, difference: Difference) -> bool:
     """Whether a case is within its bound."""
-    bound = BF16_BOUND if case.options.get("precision") == "bf16" else BOUND
+    bound = BF16_BOUND if case.precision.get("dtype") == "bf16" else BOUND
     worst = max(difference.gradient, difference.loss, difference.norm)
     return worst <= bound and difference.weights_equal and difference.tied_copies_equal
 

@@ -44,33 +44,45 @@ class Case:
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
+    expert: int = 1
     family: str = "gpt"
     tied: bool = True
     model: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
     documents: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
+    switches: dict[str, Any] = field(default_factory=dict)
     micro_batches: int | None = None
 
     @property
     def size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def name(self) -> str:
         parts = [self.family, "tied" if self.tied else "untied", *layout_name(self)]
-        parts += [f"{key}={value}" for key, value in {**self.model, **self.layout, **self.options}.items()]
+        changed = {**self.model, **self.layout, **self.precision, **self.switches}
+        parts += [f"{key}={value}" for key, value in changed.items()]
         parts += [f"micro_batches={self.micro_batches}"] if self.micro_batches else []
         return " ".join(parts + ["documents"] * self.documents)
 
 
 def layout_name(case: Case) -> list[str]:
-    sizes = {"tp": case.tensor, "pp": case.pipeline, "dp": case.data}
+    sizes = {"tp": case.tensor, "pp": case.pipeline, "dp": case.data, "cp": case.context, "ep": case.expert}
     return ["x".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "1"]
 
 
-def layout_fields(tensor: int, pipeline: int, data: int) -> dict[str, Any]:
-    return dict(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data)
+def layout_fields(
+    tensor: int, pipeline: int, data: int, context: int = 1, expert: int = 1
+) -> dict[str, Any]:
+    return dict(
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        data_parallel_size=data,
+        context_parallel_size=context,
+        expert_parallel_size=expert,
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,8 @@ def compare(
 ) -> Difference:
     """Run ``case`` and one process on the same step."""
     model = {**FAMILIES[case.family], "tie_word_embeddings": case.tied, **case.model}
-    layout = {**layout_fields(case.tensor, case.pipeline, case.data), **case.layout}
+    sizes = layout_fields(case.tensor, case.pipeline, case.data, case.context, case.expert)
+    layout = {**sizes, **case.layout}
     data = dict(
         rows=2,
         sequence=8,
@@ -97,13 +110,14 @@ def compare(
         micro_batches=case.micro_batches or max(2, case.pipeline),
         replicas=max(2, case.data),
     )
-    precision = {"precision": case.options.get("precision", "float32")}
     references = {} if references is None else references
-    key = repr((sorted(model.items()), data, precision))
+    key = repr((sorted(model.items()), data, case.precision))
     if key not in references:
-        references[key] = pool.run(1, workers.one_step, model, layout_fields(1, 1, 1), data, precision)[0]
+        single = layout_fields(1, 1, 1)
+        references[key] = pool.run(1, workers.one_step, model, single, data, case.precision, {})[0]
     one = references[key]
-    many = pool.run(case.size, workers.one_step, model, layout, data, case.options, timeout=timeout)
+    args = (model, layout, data, case.precision, case.switches)
+    many = pool.run(case.size, workers.one_step, *args, timeout=timeout)
     return _difference(one, many)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtnlg.config import LayoutConfig, MegatronModelConfig
+from mtnlg.config import LayoutConfig, MegatronModelConfig, PrecisionConfig
 from mtnlg.parallel.apply import lay_out
 from mtnlg.parallel.mesh import build_mesh
 from mtnlg.parallel.working_copy import WorkingCopy
@@ -58,7 +58,7 @@ def test_a_model_in_bf16_learns_and_shows_float32_weights():
         vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=16,
     )  # fmt: skip
-    model = lay_out(config, build_mesh(LayoutConfig()), precision="bf16")
+    model = lay_out(config, build_mesh(LayoutConfig()), precision=PrecisionConfig("bf16"))
     tokens = torch.randint(0, 61, (4, 17))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     first, valid = (float(value) for value in model.evaluate([batch]))

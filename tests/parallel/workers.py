@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from mtnlg.config import LayoutConfig, MegatronModelConfig, OptimizerConfig, PrecisionConfig
+from mtnlg.config import (
+    LayoutConfig,
+    MegatronModelConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    TrainingConfig,
+)
+from mtnlg.config.layout import SIZES, V_SCHEDULES
 from mtnlg.model import loss as plain_loss
 from mtnlg.parallel import Mesh, ParallelModel, build_mesh, lay_out
 from mtnlg.parallel.vocabulary import VocabularyParallelLoss
@@ -30,19 +37,20 @@ SEED = 7
 def mesh_of(layout_fields: dict[str, Any]) -> Mesh:
     """The mesh of a layout, its process groups made once for all layouts of these sizes."""
     layout = LayoutConfig(**layout_fields)
-    mesh = _mesh(
-        layout.tensor_parallel_size,
-        layout.pipeline_parallel_size,
-        layout.data_parallel_size,
-        layout.data_parallel_sharding if layout.data_parallel_sharding == "none" else "full",
-    )
+    like = replace(layout, data_parallel_sharding="hybrid", data_parallel_shard_size=layout.shard_size)
+    if layout.data_parallel_sharding == "ddp":
+        like = replace(layout, data_parallel_shard_size=None)
+    deciding = [f"{name}_parallel_size" for name in SIZES]
+    deciding += ["data_parallel_sharding", "data_parallel_shard_size"]
+    if layout.pipeline_schedule in V_SCHEDULES:
+        deciding.append("pipeline_schedule")
+    mesh = _mesh(tuple((name, getattr(like, name)) for name in deciding))
     return replace(mesh, layout=layout)
 
 
 @cache
-def _mesh(tensor: int, pipeline: int, data: int | None, sharding: str) -> Mesh:
-    layout = LayoutConfig(tensor, pipeline, data, data_parallel_sharding=sharding)
-    return build_mesh(layout)
+def _mesh(layout_fields: tuple[tuple[str, Any], ...]) -> Mesh:
+    return build_mesh(LayoutConfig(**dict(layout_fields)))
 
 
 def sum_of_ranks(start: int) -> int:
@@ -120,17 +128,18 @@ def one_step(
     model_fields: dict[str, Any],
     layout_fields: dict[str, Any],
     data_fields: dict[str, Any],
-    options: dict[str, Any],
+    precision: dict[str, Any],
+    switches: dict[str, Any],
 ) -> dict[str, Any]:
     """Loss, gradients and norm of one step, and the first weights, of this rank's part."""
     config = MegatronModelConfig(**model_fields)
     mesh = mesh_of(layout_fields)
-    model = lay_out(config, mesh, seed=SEED, **options)
+    model = lay_out(config, mesh, SEED, PrecisionConfig(**precision), TrainingConfig(**switches))
     weights = {name: whole(item).detach().numpy().copy() for name, item in model.named_parameters()}
     batches = make_batches(config.vocab_size, **data_fields)
     valid = sum(batch.num_valid_tokens for replica in batches for batch in replica)
     mine = share_of(batches, mesh)
-    loss = mesh.sum_over_stages_and_replicas(model.forward_backward(mine, valid))
+    loss = mesh.sum_of_loss(model.forward_backward(mine, valid))
     evaluated, counted = model.evaluate(mine)
     return {
         "loss": loss.item(),

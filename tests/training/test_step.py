@@ -21,7 +21,7 @@ MODEL = MegatronModelConfig(
 
 def make_model(precision: str = "float32") -> ParallelModel:
     mesh = build_mesh(LayoutConfig(data_parallel_size=1))
-    return lay_out(MODEL, mesh, seed=1, precision=precision).train()
+    return lay_out(MODEL, mesh, seed=1, precision=PrecisionConfig(precision)).train()
 
 
 def make_step(model: ParallelModel, precision: PrecisionConfig | None = None, **fields) -> TrainingStep:

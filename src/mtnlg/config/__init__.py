@@ -9,7 +9,8 @@ from mtnlg.config.errors import (
     NotYetError,
     TrainingError,
 )
-from mtnlg.config.layout import LayoutConfig, layout_problems
+from mtnlg.config.layout import LayoutConfig
+from mtnlg.config.layout_rules import layout_problems
 from mtnlg.config.model import MegatronModelConfig
 from mtnlg.config.presets import PRESETS, preset_fields
 from mtnlg.config.run import RunConfig

@@ -5,50 +5,90 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtnlg.config.errors import ConfigError
-from mtnlg.config.model import MegatronModelConfig
 
-PIPELINE_SCHEDULES = ("1f1b", "gpipe")
-DATA_PARALLEL_SHARDINGS = ("full", "gradients", "none")
+PIPELINE_SCHEDULES = (
+    "gpipe",
+    "1f1b",
+    "interleaved_1f1b",
+    "looped_bfs",
+    "interleaved_zero_bubble",
+    "zbv",
+    "dualpipev",
+)
+# Each rank of these runs two stages, from the ends of the model towards its middle and back.
+V_SCHEDULES = ("zbv", "dualpipev")
+# Each rank of these runs several stages, every so many-th of the model.
+LOOPED_SCHEDULES = ("interleaved_1f1b", "looped_bfs", "interleaved_zero_bubble")
+DATA_PARALLEL_SHARDINGS = ("ddp", "zero1", "zero2", "zero3", "hybrid")
+CONTEXT_PARALLEL_METHODS = ("ring", "all_to_all")
+SIZES = ("tensor", "pipeline", "data", "context", "expert")
 
 
 @dataclass
 class LayoutConfig:
     """A layout is a value: the product of its sizes is the number of ranks.
 
+    Experts take no ranks of their own: ``expert_parallel_size`` of the ranks that run other data
+    (replicas, and parts of the context) share the experts between them.
+
     Args:
         tensor_parallel_size: ranks that share each layer's matrices (keep it within one node).
-        pipeline_parallel_size: stages the layers are divided over.
+        pipeline_parallel_size: ranks that the layers are divided over.
         data_parallel_size: replicas; ``None`` is the ranks present divided by the other sizes
             (1 when ``mtnlg train`` starts its own ranks on a machine without GPUs).
+        context_parallel_size: ranks that share each sequence.
+        expert_parallel_size: ranks that share the experts of each layer (mixture of experts).
         sequence_parallel: with tensor parallelism, also split norms, dropout and the residual stream
             over the sequence.
-        pipeline_schedule: ``1f1b`` or ``gpipe``.
-        data_parallel_sharding: what FSDP2 shards over the replicas: ``full`` (parameters, gradients
-            and optimizer state: ZeRO-3), ``gradients`` (parameters stay whole between forward and
-            backward: ZeRO-2), ``none`` (plain replicas).
+        async_tensor_parallel: send while multiplying; ``None`` switches it on where the GPU, torch and
+            the other settings allow it.
+        pipeline_schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b``, ``looped_bfs``,
+            ``interleaved_zero_bubble``, ``zbv`` or ``dualpipev``.
+        stages_per_rank: stages that each pipeline rank runs; ``None`` is 2 for the schedules that need
+            several (interleaved, looped, V-shaped) and 1 for the others.
+        pipeline_layout: which layers each stage runs: ``None`` balances computed cost; a list of
+            numbers of layers, one for each stage; or a string in Megatron's notation such as
+            ``Et*3|(tt|)*29,m|L`` (E embedding, t layer, L loss, | next stage).
+        data_parallel_sharding: what is divided over the replicas besides the data. ``ddp``: nothing.
+            ``zero1``: optimizer state. ``zero2``: also gradients. ``zero3``: also parameters.
+            ``hybrid``: as ``zero3`` within groups of ``data_parallel_shard_size``, copied over groups.
+        data_parallel_shard_size: ranks of one group of ``hybrid``.
+        context_parallel_method: ``ring`` (keys and values go round) or ``all_to_all`` (Ulysses: each
+            rank gets the whole sequence of some heads).
+        cpu_offload: keep parameters, gradients and optimizer state in the CPU's memory.
         backend: ``nccl``, ``gloo`` or ``None`` for what fits the device.
 
     Raises:
-        ConfigError: naming every size that is out of range.
+        ConfigError: naming every value that is out of range.
     """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_parallel_size: int = 1
     sequence_parallel: bool = True
+    async_tensor_parallel: bool | None = None
     pipeline_schedule: str = "1f1b"
-    data_parallel_sharding: str = "full"
+    stages_per_rank: int | None = None
+    pipeline_layout: str | list[int] | None = None
+    data_parallel_sharding: str = "zero1"
+    data_parallel_shard_size: int | None = None
+    context_parallel_method: str = "ring"
+    cpu_offload: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        sizes = [f"{name}_parallel_size" for name in SIZES]
+        for name in (*sizes, "stages_per_rank", "data_parallel_shard_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"layout.{name} is {value}: it must be at least 1.")
         choices = {
             "pipeline_schedule": PIPELINE_SCHEDULES,
             "data_parallel_sharding": DATA_PARALLEL_SHARDINGS,
+            "context_parallel_method": CONTEXT_PARALLEL_METHODS,
             "backend": (None, "nccl", "gloo"),
         }
         for name, valid in choices.items():
@@ -60,89 +100,44 @@ class LayoutConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that one replica takes."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        """Ranks that work on one batch together: what one replica takes."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
 
     @property
     def num_ranks(self) -> int:
         """Ranks that the whole layout takes (``data_parallel_size`` counts 1 while it is open)."""
         return self.model_parallel_size * (self.data_parallel_size or 1)
 
+    @property
+    def num_chunks(self) -> int:
+        """Stages that each pipeline rank runs."""
+        if self.pipeline_parallel_size == 1:
+            return 1
+        several = self.pipeline_schedule in V_SCHEDULES + LOOPED_SCHEDULES
+        return self.stages_per_rank or (2 if several else 1)
 
-def layout_problems(
-    layout: LayoutConfig, model: MegatronModelConfig, sequence_length: int, micro_batches: int
-) -> list[str]:
-    """Every reason why ``layout`` does not fit ``model``; empty when it fits.
+    @property
+    def num_stages(self) -> int:
+        """Stages that the layers are divided over."""
+        return self.pipeline_parallel_size * self.num_chunks
 
-    Args:
-        layout: the layout asked for.
-        model: the architecture to be divided.
-        sequence_length: tokens of one sample.
-        micro_batches: micro-batches each replica runs in one step.
-    """
-    tensor, pipeline = layout.tensor_parallel_size, layout.pipeline_parallel_size
-    problems = []
-    for name, count in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_key_value_heads", model.key_value_heads),
-        ("intermediate_size", model.ffn_size),
-    ):
-        if count % tensor:
-            problems.append(
-                f"layout.tensor_parallel_size is {tensor}: it must divide model.{name} ({count})."
-            )
-    if -(-model.vocab_size // tensor) * (tensor - 1) >= model.vocab_size:
-        problems.append(
-            f"layout.tensor_parallel_size is {tensor}: the last rank would hold none of the "
-            f"{model.vocab_size} vocabulary entries."
-        )
-    if tensor > 1 and layout.sequence_parallel and sequence_length % tensor:
-        problems.append(
-            f"data.sequence_length is {sequence_length}: with layout.sequence_parallel it must be "
-            f"divisible by layout.tensor_parallel_size ({tensor})."
-        )
-    if pipeline > model.num_hidden_layers:
-        problems.append(
-            f"layout.pipeline_parallel_size is {pipeline}: more stages than "
-            f"model.num_hidden_layers ({model.num_hidden_layers})."
-        )
-    if layout.pipeline_schedule == "1f1b" and pipeline > 1 and micro_batches < pipeline:
-        problems.append(
-            f"layout.pipeline_parallel_size is {pipeline}: each replica needs at least as many "
-            f"micro-batches a step as stages, and has {micro_batches}; raise "
-            "batch.global_batch_size, lower batch.micro_batch_size, or use "
-            "layout.pipeline_schedule: gpipe."
-        )
-    return problems
+    @property
+    def shard_size(self) -> int:
+        """Replicas that share one copy of the parameters' and optimizer's parts."""
+        replicas = self.data_parallel_size or 1
+        if self.data_parallel_sharding == "ddp":
+            return 1
+        if self.data_parallel_sharding == "hybrid":
+            return self.data_parallel_shard_size or replicas
+        return replicas
 
+    def stages_of_rank(self, pipeline_rank: int) -> list[int]:
+        """The stages that a pipeline rank runs, in the order of the model.
 
-def layers_of_stages(model: MegatronModelConfig, num_stages: int) -> list[range]:
-    """Which layers each pipeline stage runs: contiguous, in order, work as even as whole layers allow.
-
-    Work is counted in parameters, to which multiplications and memory are proportional. The embedding
-    counts as work of the first stage (``pre_process_first``), the head of the last
-    (``post_process_last``). Of the divisions with the lightest heaviest stage, the one that gives
-    earlier stages less is taken: they hold more micro-batches in flight.
-
-    Args:
-        model: the architecture.
-        num_stages: pipeline stages, at most as many as layers.
-    """
-    layer = model.num_parameters_per_layer
-    end = model.vocab_size * model.hidden_size / layer  # in layers
-    first, last = end * model.pre_process_first, end * model.post_process_last
-    counts = _divide_layers(model.num_hidden_layers, num_stages, first, last)
-    starts = [sum(counts[:stage]) for stage in range(num_stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts)]
-
-
-def _divide_layers(layers: int, stages: int, first: float, last: float) -> list[int]:
-    """Layers of each stage; ``first`` and ``last`` are the ends' extra work, in layers."""
-    extra = [0.0] * stages
-    extra[0] += first
-    extra[-1] += last
-    counts = [1] * stages  # every stage runs at least one layer
-    for _ in range(layers - stages):
-        lightest = min(range(stages), key=lambda stage: (counts[stage] + extra[stage], -stage))
-        counts[lightest] += 1
-    return counts
+        Looped schedules deal stages out in turn; the V-shaped ones go there and back, so that the
+        first rank holds both ends.
+        """
+        size = self.pipeline_parallel_size
+        if self.pipeline_schedule in V_SCHEDULES and size > 1:
+            return [pipeline_rank, 2 * size - 1 - pipeline_rank]
+        return [pipeline_rank + size * chunk for chunk in range(self.num_chunks)]

@@ -7,7 +7,8 @@ from typing import Any
 
 from mtnlg.config.data import DataConfig, TokenizerConfig
 from mtnlg.config.errors import ConfigError
-from mtnlg.config.layout import LayoutConfig, layout_problems
+from mtnlg.config.layout import LayoutConfig
+from mtnlg.config.layout_rules import layout_problems
 from mtnlg.config.model import MegatronModelConfig
 from mtnlg.config.training import (
     BatchConfig,

@@ -9,7 +9,9 @@ from mtnlg.config.errors import ConfigError
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 PRECISIONS = ("float32", "bf16", "fp16")
-RECOMPUTATIONS = ("none", "selective", "full")
+REDUCE_DTYPES = ("float32", "bf16")
+RECOMPUTATIONS = ("none", "selective", "operators", "budget", "full")
+RECOMPUTED_OPERATORS = ("attention", "normalization", "activation", "linear")
 
 
 def _require(problems: list[str]) -> None:
@@ -141,18 +143,23 @@ class PrecisionConfig:
 
     Args:
         dtype: ``float32``, ``bf16`` or ``fp16`` (with dynamic loss scaling).
+        reduce_dtype: of gradients as they are summed over ranks: ``float32``, or ``bf16`` for half the
+            messages.
+        fp8: multiply in 8-bit floats where the GPU can (through torchao); the rest stays ``dtype``.
         initial_loss_scale: fp16's first scale.
         loss_scale_window: good steps after which fp16's scale doubles.
         min_loss_scale: fp16 gives up below it.
     """
 
     dtype: str = "float32"
+    reduce_dtype: str = "float32"
+    fp8: bool = False
     initial_loss_scale: float = 65536.0
     loss_scale_window: int = 1000
     min_loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        problems = _not_a_choice("precision", self, dtype=PRECISIONS)
+        problems = _not_a_choice("precision", self, dtype=PRECISIONS, reduce_dtype=REDUCE_DTYPES)
         problems += _out_of_range("precision", self, "initial_loss_scale loss_scale_window min_loss_scale")
         _require(problems)
 
@@ -212,12 +219,14 @@ class CheckpointConfig:
         interval_minutes: minutes between checkpoints; ``None`` counts steps only.
         keep_last: newest checkpoints kept.
         keep_every: also keep each checkpoint whose step is a multiple of this; 0 keeps none.
+        asynchronous: write while training goes on; only the copy to the CPU's memory is waited for.
     """
 
     interval_steps: int = 500
     interval_minutes: float | None = None
     keep_last: int = 2
     keep_every: int = 0
+    asynchronous: bool = True
 
     def __post_init__(self) -> None:
         _require(
@@ -249,7 +258,13 @@ class TrainingConfig:
         device: ``cpu``, ``cuda`` or ``None`` for the best that is present.
         num_threads: CPU threads of one rank; ``None`` divides the cores over the ranks.
         compile: ``torch.compile`` each Transformer layer.
-        activation_recomputation: ``none``, ``selective`` (attention only) or ``full`` layers.
+        activation_recomputation: ``none``; ``selective``, attention only; ``operators``, those of
+            ``recomputed_operators``; ``budget``, whatever keeps within ``activation_memory_budget``;
+            ``full``, whole layers.
+        recomputed_operators: any of ``attention``, ``normalization``, ``activation``, ``linear``.
+        activation_memory_budget: share of the activations of a run without recomputation that may be
+            kept, in [0, 1].
+        activation_offload: keep what waits for the backward pass in the CPU's memory.
         max_skipped_steps: consecutive steps with non-finite gradients before training gives up.
         deterministic: use torch's deterministic kernels.
     """
@@ -258,6 +273,9 @@ class TrainingConfig:
     num_threads: int | None = None
     compile: bool = False
     activation_recomputation: str = "none"
+    recomputed_operators: list[str] = field(default_factory=lambda: ["attention", "activation"])
+    activation_memory_budget: float = 0.5
+    activation_offload: bool = False
     max_skipped_steps: int = 10
     deterministic: bool = False
 

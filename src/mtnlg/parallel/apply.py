@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mtnlg.config import MegatronModelConfig
+from mtnlg.config import MegatronModelConfig, PrecisionConfig, TrainingConfig
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.parallel.cpu_kernels import use_cpu_kernels
 from mtnlg.parallel.data import shard_over_replicas
@@ -16,17 +16,13 @@ from mtnlg.parallel.stage import Stage
 from mtnlg.parallel.tensor import split_matrices
 from mtnlg.parallel.weights import initialize
 
-# Of the computation; ``None`` is that of the weights, float32.
-DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def lay_out(
     config: MegatronModelConfig,
     mesh: Mesh,
     seed: int = 1234,
-    precision: str = "float32",
-    recomputation: str = "none",
-    compile: bool = False,
+    precision: PrecisionConfig | None = None,
+    switches: TrainingConfig | None = None,
 ) -> ParallelModel:
     """Build the model of ``config`` on ``mesh``, with the same first weights in every layout.
 
@@ -34,24 +30,36 @@ def lay_out(
         config: the architecture.
         mesh: this rank's place in the layout.
         seed: of the initialisation.
-        precision: ``float32``, ``bf16`` or ``fp16``.
-        recomputation: ``none``, ``selective`` or ``full``.
-        compile: ``torch.compile`` each layer.
+        precision: number formats; ``None`` is float32.
+        switches: recomputation, offloading and compilation; ``None`` is none of them.
     """
-    with torch.device("meta"):  # nothing is allocated before it is known which part is ours
+    precision, switches = precision or PrecisionConfig(), switches or TrainingConfig()
+    stages = [_lay_out_stage(config, mesh, number, precision, switches) for number in mesh.stages]
+    for stage in stages:
+        stage.to_empty(device=mesh.device)
+        stage.decoder.tie_weights()  # ``to_empty`` gives a shared parameter two memories
+        initialize(stage, config, seed)
+    return ParallelModel(stages, config, mesh, precision)
+
+
+def _lay_out_stage(
+    config: MegatronModelConfig,
+    mesh: Mesh,
+    number: int,
+    precision: PrecisionConfig,
+    switches: TrainingConfig,
+) -> Stage:
+    """One stage, laid out on the meta device: nothing is allocated before it is known which part is ours."""
+    with torch.device("meta"):
         decoder = MegatronLmDecoder(config)
-    cut_stage(decoder, mesh)
+    cut_stage(decoder, mesh.layout, number)
     split_matrices(decoder, mesh)
     if mesh.device.type == "cpu":
         use_cpu_kernels(decoder, is_divided=mesh.tensor_size > 1)
-    recompute_activations(decoder, recomputation)
-    if compile:
+    recompute_activations(decoder, switches)
+    if switches.compile:
         compile_layers(decoder)
     shards = mesh.tensor_size if mesh.layout.sequence_parallel else 1
-    stage = Stage(decoder, sequence_shards=shards)
-    dtype = DTYPES[precision]
-    shard_over_replicas(stage, mesh, dtype)
-    stage.to_empty(device=mesh.device)
-    decoder.tie_weights()  # ``to_empty`` gives a shared parameter two memories
-    initialize(stage, config, seed)
-    return ParallelModel(stage, config, mesh, dtype)
+    stage = Stage(decoder, number, sequence_shards=shards)
+    shard_over_replicas(stage, mesh, precision)
+    return stage

@@ -70,7 +70,7 @@ def gradient_norm(
 def _is_first_holder(parameter: nn.Parameter, mesh: Mesh) -> bool:
     """Whether no rank before this one in the same stage holds the same elements."""
     if not isinstance(parameter, DTensor):
-        return mesh.tensor_rank == 0 and mesh.replica == 0
+        return mesh.tensor_rank == 0 and mesh.context_rank == 0 and mesh.replica == 0
     coordinates = parameter.device_mesh.get_coordinate()
     assert coordinates is not None
     return all(

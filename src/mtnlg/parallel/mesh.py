@@ -1,8 +1,13 @@
 """Where this process sits: its device, its rank, and the axes of the layout it belongs to.
 
 Ranks are numbered with tensor parallelism innermost (its messages are the largest and most frequent,
-so its ranks should be neighbours), then data, then pipeline. With data parallelism over ``d`` replicas
-the mesh has two axes: ``replicate`` copies the weights and ``shard`` splits them; one of them is ``d``.
+so its ranks should be neighbours), then context, data and pipeline. Data parallelism has two axes:
+over ``replicate`` weights are copied and over ``shard`` they are split.
+
+The same ranks are looked at in three ways, each a mesh of torch's: by what they compute
+(:data:`AXES`), by how they hold the weights (:data:`WEIGHT_AXES`: ranks that share a sequence hold the
+same weights, so ``context`` counts as more replicas), and by how they hold experts
+(:data:`EXPERT_AXES`).
 """
 
 from __future__ import annotations
@@ -19,7 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtnlg.config import ConfigError, LayoutConfig
 
-AXES = ("pipeline", "replicate", "shard", "tensor")
+AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+WEIGHT_AXES = ("weight_pipeline", "weight_copy", "weight_part", "weight_tensor")
+EXPERT_AXES = ("expert_pipeline", "expert_copy", "expert_part", "expert", "expert_tensor")
 
 
 @dataclass(frozen=True)
@@ -30,25 +37,31 @@ class Mesh:
         layout: the layout, its ``data_parallel_size`` known.
         device: where this rank computes.
         rank: number of this rank among all.
-        device_mesh: torch's mesh with the axes ``pipeline, replicate, shard, tensor``.
-        ends_group: the first and the last stage of this rank's pipeline (tied embeddings).
+        device_mesh: torch's mesh with the axes :data:`AXES`.
+        weight_mesh: the same ranks with the axes :data:`WEIGHT_AXES`.
+        expert_mesh: the same ranks with the axes :data:`EXPERT_AXES`; ``None`` without expert
+            parallelism, where experts are held like other weights.
+        ends_group: the ranks of this pipeline that hold the first and the last stage (tied
+            embeddings); ``None`` where one rank holds both.
     """
 
     layout: LayoutConfig
     device: torch.device
     rank: int = 0
     device_mesh: DeviceMesh | None = None
+    weight_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
     ends_group: dist.ProcessGroup | None = None
 
     def size(self, axis: str) -> int:
         """Ranks along ``axis``."""
         if self.device_mesh is None:
             return 1
-        return self.device_mesh.size(AXES.index(axis))
+        return self.axis(axis).size()
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along ``axis``."""
-        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
+        return 0 if self.device_mesh is None else self.axis(axis).get_local_rank()
 
     @property
     def num_ranks(self) -> int:
@@ -56,24 +69,34 @@ class Mesh:
         return self.layout.num_ranks
 
     @property
-    def stage(self) -> int:
-        """Pipeline stage of this rank."""
+    def pipeline_rank(self) -> int:
+        """Place of this rank in its pipeline."""
         return self.coordinate("pipeline")
 
     @property
-    def num_stages(self) -> int:
-        """Pipeline stages."""
+    def pipeline_size(self) -> int:
+        """Ranks of a pipeline."""
         return self.size("pipeline")
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank embeds the tokens."""
-        return self.stage == 0
+    def stages(self) -> list[int]:
+        """The stages that this rank runs, in the order of the model."""
+        return self.layout.stages_of_rank(self.pipeline_rank)
 
     @property
-    def is_last_stage(self) -> bool:
+    def num_stages(self) -> int:
+        """Stages of a pipeline."""
+        return self.layout.num_stages
+
+    @property
+    def has_first_stage(self) -> bool:
+        """Whether this rank embeds the tokens."""
+        return 0 in self.stages
+
+    @property
+    def has_last_stage(self) -> bool:
         """Whether this rank holds the head and computes the loss."""
-        return self.stage == self.num_stages - 1
+        return self.num_stages - 1 in self.stages
 
     @property
     def replica(self) -> int:
@@ -84,6 +107,16 @@ class Mesh:
     def num_replicas(self) -> int:
         """Data-parallel replicas."""
         return self.size("replicate") * self.size("shard")
+
+    @property
+    def context_rank(self) -> int:
+        """Place of this rank among those that share each sequence."""
+        return self.coordinate("context")
+
+    @property
+    def context_size(self) -> int:
+        """Ranks that share each sequence."""
+        return self.size("context")
 
     @property
     def tensor_rank(self) -> int:
@@ -101,22 +134,23 @@ class Mesh:
         return self.rank == 0
 
     def axis(self, *names: str) -> DeviceMesh:
-        """The sub-mesh of some axes.
+        """The sub-mesh of some axes of one of the three views.
 
         Raises:
-            ValueError: there is only one process.
+            ValueError: there is only one process, or no view has these axes.
         """
-        if self.device_mesh is None:
-            raise ValueError("One process has no device mesh.")
-        return self.device_mesh[names if len(names) > 1 else names[0]]
+        for view in (self.device_mesh, self.weight_mesh, self.expert_mesh):
+            if view is not None and set(names) <= set(view.mesh_dim_names or ()):
+                return view[names if len(names) > 1 else names[0]]
+        raise ValueError(f"This layout has no mesh with the axes {', '.join(names)}.")
 
     def sum_over_replicas(self, value: Tensor) -> Tensor:
         """Sum over the data-parallel replicas, in place; every rank gets it."""
         return self._sum(value, ("replicate", "shard"))
 
-    def sum_over_stages_and_replicas(self, value: Tensor) -> Tensor:
-        """Sum over pipeline stages and replicas, in place: what tensor-parallel ranks hold alike."""
-        return self._sum(value, ("pipeline", "replicate", "shard"))
+    def sum_of_loss(self, value: Tensor) -> Tensor:
+        """Sum over stages, replicas and parts of the context, in place: all but tensor-parallel ranks."""
+        return self._sum(value, ("pipeline", "replicate", "shard", "context"))
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -168,15 +202,16 @@ def resolve_layout(layout: LayoutConfig, device_type: str) -> LayoutConfig:
             available = torch.cuda.device_count() if device_type == "cuda" else model_parallel
         if available < model_parallel or available % model_parallel:
             raise ConfigError(
-                f"layout: tensor_parallel_size x pipeline_parallel_size is {model_parallel}: it must "
-                f"divide the {available} ranks or devices present."
+                f"layout: tensor_parallel_size x pipeline_parallel_size x context_parallel_size is "
+                f"{model_parallel}: it must divide the {available} ranks or devices present."
             )
         layout = replace(layout, data_parallel_size=available // model_parallel)
     if present is not None and present != layout.num_ranks:
         raise ConfigError(
             f"layout: {layout.num_ranks} ranks are asked for (tensor {layout.tensor_parallel_size} x "
-            f"pipeline {layout.pipeline_parallel_size} x data {layout.data_parallel_size}) and the "
-            f"launcher started {present}; leave layout.data_parallel_size out to use all."
+            f"pipeline {layout.pipeline_parallel_size} x context {layout.context_parallel_size} x data "
+            f"{layout.data_parallel_size}) and the launcher started {present}; leave "
+            "layout.data_parallel_size out to use all."
         )
     if present is None and device_type == "cuda" and layout.num_ranks > torch.cuda.device_count():
         raise ConfigError(
@@ -215,15 +250,44 @@ def build_mesh(layout: LayoutConfig, device_type: str = "cpu", timeout_seconds: 
         raise ConfigError(
             f"layout: {layout.num_ranks} ranks are asked for and {dist.get_world_size()} are here."
         )
-    replicas = layout.data_parallel_size or 1
-    copies = replicas if layout.data_parallel_sharding == "none" else 1
-    sizes = (layout.pipeline_parallel_size, copies, replicas // copies, layout.tensor_parallel_size)
-    device_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
-    return Mesh(layout, device, dist.get_rank(), device_mesh, _ends_group(device_mesh))
+    world = init_device_mesh(device_type, (layout.num_ranks,), mesh_dim_names=("world",))
+    views = {names: world._unflatten(0, sizes, names) for names, sizes in _views(layout).items()}
+    return Mesh(
+        layout,
+        device,
+        dist.get_rank(),
+        views[AXES],
+        views[WEIGHT_AXES],
+        views.get(EXPERT_AXES),
+        _ends_group(views[AXES], layout),
+    )
 
 
-def _ends_group(device_mesh: DeviceMesh) -> dist.ProcessGroup | None:
+def _views(layout: LayoutConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Sizes of each view's axes."""
+    pipeline, tensor = layout.pipeline_parallel_size, layout.tensor_parallel_size
+    context, expert = layout.context_parallel_size, layout.expert_parallel_size
+    parts = layout.shard_size
+    copies = (layout.data_parallel_size or 1) // parts
+    views: dict[tuple[str, ...], tuple[int, ...]] = {AXES: (pipeline, copies, parts, context, tensor)}
+    # Ranks that share a sequence hold parts of the weights too, or copies where nothing is split.
+    if layout.data_parallel_sharding == "ddp":
+        copies *= context
+    else:
+        parts *= context
+    views[WEIGHT_AXES] = (pipeline, copies, parts, tensor)
+    if expert > 1:
+        if layout.data_parallel_sharding == "ddp":
+            views[EXPERT_AXES] = (pipeline, copies // expert, 1, expert, tensor)
+        else:
+            views[EXPERT_AXES] = (pipeline, copies, parts // expert, expert, tensor)
+    return views
+
+
+def _ends_group(device_mesh: DeviceMesh, layout: LayoutConfig) -> dist.ProcessGroup | None:
     """The group of the first and last stage of this rank's pipeline; every rank must call this."""
+    if len(layout.stages_of_rank(0)) > 1 and layout.num_stages - 1 in layout.stages_of_rank(0):
+        return None
     if device_mesh.size(0) == 1:
         return None
     mine = None

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from mtnlg.config import MegatronModelConfig
+from mtnlg.config import MegatronModelConfig, PrecisionConfig
 from mtnlg.model import IGNORED_LABEL, MegatronLmDecoder
 from mtnlg.parallel import gradients
+from mtnlg.parallel.data import DTYPES
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.pipeline import Pipeline
 from mtnlg.parallel.stage import Stage
@@ -26,28 +27,33 @@ class ParallelModel:
     Parameters go by the names of the plain model.
 
     Args:
-        stage: this rank's part of the model.
+        stages: those that this rank runs, in the order of the model.
         config: the whole architecture.
         mesh: this rank's place.
-        dtype: of the computation where it is not float32; the parameters named here stay float32. In
-            one process a working copy is cast after each step, over ranks FSDP casts as it gathers.
+        precision: of the computation; the parameters named here stay float32. In 16 bits one process
+            casts a working copy after each step, and over ranks FSDP casts as it gathers.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        stages: Sequence[Stage],
         config: MegatronModelConfig,
         mesh: Mesh,
-        dtype: torch.dtype | None = None,
+        precision: PrecisionConfig,
     ) -> None:
-        self.stage = stage
+        dtype = DTYPES[precision.dtype]
+        self.stages = list(stages)
         self.config = config
         self.mesh = mesh
         self.device = mesh.device
-        self._pipeline = Pipeline(stage, mesh, config.hidden_size, dtype) if mesh.num_stages > 1 else None
-        names = {canonical_name(name): item for name, item in stage.named_parameters()}
+        self._pipeline: Pipeline | None = None
+        if mesh.num_stages > 1:
+            self._pipeline = Pipeline(self.stages, mesh, config.hidden_size, dtype)
+        names = {
+            canonical_name(name): item for stage in self.stages for name, item in stage.named_parameters()
+        }
         # The last stage's copy of a tied embedding goes by the embedding's name, as in one process.
-        self._holds_tied_copy = config.tie_word_embeddings and mesh.num_stages > 1 and mesh.is_last_stage
+        self._holds_tied_copy = config.tie_word_embeddings and mesh.num_stages > 1 and mesh.has_last_stage
         if self._holds_tied_copy:
             names["embedding.tokens.weight"] = names.pop(TIED_COPY)
         self._parameters = names
@@ -58,9 +64,9 @@ class ParallelModel:
 
     @property
     def decoder(self) -> MegatronLmDecoder:
-        """This rank's decoder; in one process the whole plain model, fit for generation."""
+        """This rank's first stage; in one process the whole plain model, fit for generation."""
         self._refresh()
-        return self.stage.decoder
+        return self.stages[0].decoder
 
     @property
     def is_whole(self) -> bool:
@@ -69,7 +75,8 @@ class ParallelModel:
 
     def train(self, mode: bool = True) -> ParallelModel:
         """Switch dropout on or off."""
-        self.stage.train(mode)
+        for stage in self.stages:
+            stage.train(mode)
         return self
 
     def eval(self) -> ParallelModel:
@@ -96,7 +103,8 @@ class ParallelModel:
         """
         mesh = self.mesh
         tensor = mesh.tensor_rank if mesh.layout.sequence_parallel else 0
-        place = (mesh.stage * mesh.num_replicas + mesh.replica) * mesh.tensor_size + tensor
+        place = mesh.pipeline_rank * mesh.num_replicas + mesh.replica
+        place = (place * mesh.context_size + mesh.context_rank) * mesh.tensor_size + tensor
         torch.manual_seed(((seed * 1_000_003 + step) * mesh.num_ranks + place) % 2**63)
 
     def forward_backward(
@@ -114,7 +122,7 @@ class ParallelModel:
 
         Returns:
             The unscaled loss summed over this replica's tokens (float32 scalar, nats); zero on stages
-            before the last. :meth:`Mesh.sum_over_stages_and_replicas` makes it the step's.
+            before the last. :meth:`Mesh.sum_of_loss` makes it the step's.
         """
         self._refresh()
         factor = loss_scale / torch.as_tensor(num_valid_tokens, dtype=torch.float32, device=self.device)
@@ -138,17 +146,17 @@ class ParallelModel:
             Two float64 scalars, the same on every rank.
         """
         self._refresh()
-        training = self.stage.training
+        training = self.stages[0].training
         self.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
             batch = batch.to(self.device)
             loss = self._pipeline.evaluate(batch) if self._pipeline else self._loss(batch)
-            if self.mesh.is_last_stage:
+            if self.mesh.has_last_stage:
                 sums[0] += loss
                 sums[1] += (batch.labels != IGNORED_LABEL).sum()
         self.train(training)
-        self.mesh.sum_over_stages_and_replicas(sums)
+        self.mesh.sum_of_loss(sums)
         return sums[0], sums[1]
 
     def gradient_norm(self) -> Tensor:
@@ -167,11 +175,12 @@ class ParallelModel:
 
     def _accumulate(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
+        (stage,) = self.stages
         for index, batch in enumerate(batches):
-            if isinstance(self.stage, FSDPModule):
+            if isinstance(stage, FSDPModule):
                 last = index == len(batches) - 1
-                self.stage.set_requires_gradient_sync(last)
-                self.stage.set_is_last_backward(last)
+                stage.set_requires_gradient_sync(last)
+                stage.set_is_last_backward(last)
             loss = self._loss(batch)
             (loss * factor).backward()
             total += loss.detach()
@@ -183,7 +192,8 @@ class ParallelModel:
             gradients.sum_tied_copies(self._parameters["embedding.tokens.weight"].grad, self.mesh)
 
     def _loss(self, batch: Batch) -> Tensor:
-        return self.stage(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
+        (stage,) = self.stages
+        return stage(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
 
     def _refresh(self) -> None:
         if self._working_copy is not None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from mtnlg.config import MegatronModelConfig
-from mtnlg.config.layout import layers_of_stages
+from mtnlg.config import LayoutConfig, MegatronModelConfig
+from mtnlg.config.division import layers_of_stages
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.stage import Stage
@@ -24,16 +24,16 @@ from mtnlg.tokens.batch import Batch
 _SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 
 
-def cut_stage(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
-    """Leave in ``decoder`` only what this rank's stage runs; no parameter changes its name."""
+def cut_stage(decoder: MegatronLmDecoder, layout: LayoutConfig, number: int) -> None:
+    """Leave in ``decoder`` only what the stage ``number`` runs; no parameter changes its name."""
     config: MegatronModelConfig = decoder.config
-    mine = layers_of_stages(config, mesh.num_stages)[mesh.stage]
+    mine = layers_of_stages(config, layout.num_stages)[number]
     for index in range(config.num_hidden_layers):
         if index not in mine:
             del decoder.layers[str(index)]
-    if not mesh.is_first_stage:
+    if number > 0:
         decoder.embedding = None
-    if not mesh.is_last_stage:
+    if number < layout.num_stages - 1:
         decoder.head = None
 
 
@@ -41,16 +41,16 @@ class Pipeline:
     """Runs micro-batches through the stages.
 
     Args:
-        stage: this rank's part of the model.
+        stages: those that this rank runs, in the order of the model.
         mesh: this rank's place.
         hidden_size: width of what stages send each other.
         dtype: of what they send; ``None`` is float32.
     """
 
     def __init__(
-        self, stage: Stage, mesh: Mesh, hidden_size: int, dtype: torch.dtype | None = None
+        self, stages: Sequence[Stage], mesh: Mesh, hidden_size: int, dtype: torch.dtype | None = None
     ) -> None:
-        self.stage = stage
+        (self.stage,) = stages
         self.mesh = mesh
         self.hidden_size = hidden_size
         self.dtype = dtype or torch.float32
@@ -69,9 +69,9 @@ class Pipeline:
         self._factor = factor
         whole = _concatenate(batches)
         ids = whole.pop("input_ids")
-        inputs = (ids,) if self.mesh.is_first_stage else ()
+        inputs = (ids,) if self.mesh.has_first_stage else ()
         losses: list[Tensor] = []
-        if self.mesh.is_last_stage:
+        if self.mesh.has_last_stage:
             schedule.step(*inputs, target=whole["labels"], losses=losses, return_outputs=False, **whole)
             return torch.stack([loss.detach() for loss in losses]).sum() / factor
         whole.pop("labels")
@@ -83,14 +83,14 @@ class Pipeline:
         mesh = self.mesh
         rows, columns = batch.input_ids.shape
         inputs = batch.input_ids
-        if not mesh.is_first_stage:
+        if not mesh.has_first_stage:
             inputs = self._empty_hidden(rows, columns)
-            dist.recv(inputs, group=self.group, group_src=mesh.stage - 1)
-        labels = batch.labels if mesh.is_last_stage else None
+            dist.recv(inputs, group=self.group, group_src=mesh.pipeline_rank - 1)
+        labels = batch.labels if mesh.has_last_stage else None
         output = self.stage(inputs, labels, batch.position_ids, batch.document_ids)
-        if mesh.is_last_stage:
+        if mesh.has_last_stage:
             return output
-        dist.send(output.contiguous(), group=self.group, group_dst=mesh.stage + 1)
+        dist.send(output.contiguous(), group=self.group, group_dst=mesh.pipeline_rank + 1)
         return torch.zeros((), device=mesh.device)
 
     def _empty_hidden(self, rows: int, columns: int) -> Tensor:
@@ -114,11 +114,11 @@ class Pipeline:
         # Shapes are given: torch would otherwise run the first micro-batch once more to learn them.
         stage = PipelineStage(
             self.stage,
-            mesh.stage,
+            mesh.pipeline_rank,
             mesh.num_stages,
             mesh.device,
-            input_args=ids if mesh.is_first_stage else hidden,
-            output_args=loss if mesh.is_last_stage else hidden,
+            input_args=ids if mesh.has_first_stage else hidden,
+            output_args=loss if mesh.has_last_stage else hidden,
             group=self.group,
         )
         # torch's 1F1B wants a micro-batch for each stage. With fewer (in a batch-size ramp) GPipe holds

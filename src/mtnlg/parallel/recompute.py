@@ -7,17 +7,20 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mtnlg.config import TrainingConfig
 from mtnlg.model import DecoderLayer, MegatronLmDecoder
 
 
-def recompute_activations(decoder: MegatronLmDecoder, what: str) -> None:
+def recompute_activations(decoder: MegatronLmDecoder, switches: TrainingConfig) -> None:
     """Keep a block's input instead of its activations, and compute them again in the backward pass.
 
     Args:
         decoder: the model, or one stage of it.
-        what: ``none``; ``selective``, attention only, whose activations are large for their FLOPs
-            (Korthikanti et al. 2022, arXiv 2205.05198); ``full``, whole layers.
+        switches: ``activation_recomputation`` says what: ``none``; ``selective``, attention only, whose
+            activations are large for their FLOPs (Korthikanti et al. 2022, arXiv 2205.05198);
+            ``full``, whole layers.
     """
+    what = switches.activation_recomputation
     if what == "none":
         return
     dropout = decoder.config.hidden_dropout > 0 or decoder.config.attention_dropout > 0

@@ -1,4 +1,4 @@
-"""The part of the model that one rank runs, as a module that takes and returns plain tensors."""
+"""One stage of the model, as a module that takes and returns plain tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ class Stage(nn.Module):
     """A decoder, or one stage of it, whose output is a tensor: what FSDP and the pipeline hook into.
 
     Args:
-        decoder: the model or the part of it that this rank holds.
+        decoder: the model or the part of it that this stage runs.
+        number: of the stage in its pipeline.
         sequence_shards: parts that arriving hidden states are split into over the sequence (sequence
             parallelism on stages after the first), so that positions cover the whole sequence.
     """
 
-    def __init__(self, decoder: MegatronLmDecoder, sequence_shards: int = 1) -> None:
+    def __init__(self, decoder: MegatronLmDecoder, number: int = 0, sequence_shards: int = 1) -> None:
         super().__init__()
         self.decoder = decoder
+        self.number = number
         self.sequence_shards = 1 if decoder.embedding is not None else sequence_shards
 
     def forward(

@@ -72,7 +72,7 @@ class TrainingStep:
         """
         scale = self.loss_scale.value
         total = self.model.forward_backward(batches, max(1, num_valid_tokens), scale)
-        summed = self.model.mesh.sum_over_stages_and_replicas(total.detach().clone())
+        summed = self.model.mesh.sum_of_loss(total.detach().clone())
         norm = float(self.model.gradient_norm()) / scale
         loss = float(summed) / max(1, num_valid_tokens)
         applied = math.isfinite(norm) and math.isfinite(loss)

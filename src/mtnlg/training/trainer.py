@@ -61,9 +61,8 @@ class Trainer:
             config.model,
             mesh,
             seed=config.seed,
-            precision=config.precision.dtype,
-            recomputation=switches.activation_recomputation,
-            compile=switches.compile,
+            precision=config.precision,
+            switches=switches,
         )
         self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
         self.step = TrainingStep(
