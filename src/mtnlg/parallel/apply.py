@@ -49,7 +49,7 @@ def _lay_out_stage(
     precision: PrecisionConfig,
     switches: TrainingConfig,
 ) -> Stage:
-    """One stage, laid out on the meta device: nothing is allocated before it is known which part is ours."""
+    """One stage, laid out on the meta device: memory comes when it is known which part is ours."""
     with torch.device("meta"):
         decoder = MegatronLmDecoder(config)
     cut_stage(decoder, mesh.layout, number)
