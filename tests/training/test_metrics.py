@@ -11,7 +11,7 @@ import torch
 from tests.training.helpers import Recorder, metrics_lines, small_config, train_here
 
 from mtnlg.config import LoggingConfig, MegatronModelConfig, StopConfig
-from mtnlg.training import metrics, peak
+from mtnlg.training import meter, metrics, peak
 from mtnlg.training.flops import hardware_flops_per_token, model_flops_per_token
 
 MT_NLG = MegatronModelConfig.from_preset("mt-nlg-530b", vocab_size=51_200)
@@ -111,6 +111,16 @@ def test_lines_hold_what_they_promise(tmp_path):
     assert lines[0]["mfu"] == pytest.approx(rate / peaks)
     validation = metrics_lines(config, "validation")[0]
     assert validation["perplexity"] == pytest.approx(math.exp(validation["loss"]))
+
+
+def test_a_peak_measured_on_a_busy_machine_is_mended(tmp_path, monkeypatch):
+    monkeypatch.setattr(meter, "PEAK_SECONDS", 0.0)
+    monkeypatch.setattr(meter, "peak_flops", lambda device, dtype: 1e3)  # next to nothing
+    recorder = Recorder()
+    config = small_config(tmp_path, logging=LoggingConfig(interval_steps=2))
+    train_here(config, recorder)
+    assert recorder.steps[0].mfu > 1.0
+    assert all(line["mfu"] < 1.0 for line in metrics_lines(config))
 
 
 def test_progress_and_eta_lead_to_the_end(tmp_path):

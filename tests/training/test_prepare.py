@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.training.helpers import Recorder, small_config
+from tests.training.helpers import Recorder, small_config, train_here
 
 from mtnlg.config import (
     BlendEntry,
@@ -170,6 +170,13 @@ def test_token_files_of_another_tokenizer_are_refused(config, tmp_path):
     blend = [BlendEntry(str(tmp_path / "other"))]
     with pytest.raises(DataError, match="another tokenizer"):
         prepare(replace(prepared, data=replace(prepared.data, blend=blend)))
+
+
+def test_a_token_that_the_model_does_not_have_stops_training(tmp_path):
+    config = small_config(tmp_path)
+    smaller = replace(config.model, vocab_size=config.model.vocab_size // 2)
+    with pytest.raises(DataError, match="another tokenizer"):
+        train_here(replace(config, model=smaller))
 
 
 def test_broken_source_names_file_and_line(config, tmp_path):

@@ -13,12 +13,13 @@ from mtnlg.parallel.mesh import Mesh
 from mtnlg.training.events import StepMetrics
 from mtnlg.training.flops import hardware_flops_per_token, model_flops_per_token
 from mtnlg.training.metrics import peak_memory_bytes
-from mtnlg.training.peak import peak_flops
+from mtnlg.training.peak import measure_peak, peak_flops
 from mtnlg.training.precision import compute_dtype
 from mtnlg.training.step import StepOutcome
 from mtnlg.training.stopping import Position
 
 RATE_STEPS = 20  # steps over which the live rate is averaged
+PEAK_SECONDS = 30.0  # between two looks at what a CPU can do at best
 
 
 def layout_peak_flops(mesh: Mesh, dtype: torch.dtype) -> float:
@@ -65,6 +66,9 @@ class Meter:
         self.learning_rate = config.optimizer.learning_rate
         self.sequence_length = length
         self._device = mesh.device
+        self._dtype = compute_dtype(config.precision.dtype)
+        self._may_measure = mesh.device.type == "cpu" and mesh.num_ranks == 1
+        self._measured = time.monotonic()
         self._recent: list[tuple[int, float]] = []
         self._since_log: list[tuple[int, float, StepOutcome]] = []
         self._begin: tuple[float, float] | None = None  # wall time and progress at the first step
@@ -110,6 +114,7 @@ class Meter:
 
     def log_line(self, last: StepMetrics) -> StepMetrics:
         """``last`` with loss, norm and rates as means over the steps since the last log line."""
+        self._look_for_a_higher_peak()
         lines, self._since_log = self._since_log, []
         applied = [(tokens, outcome) for tokens, _, outcome in lines if outcome.applied]
         weight = sum(tokens for tokens, _ in applied)
@@ -127,6 +132,12 @@ class Meter:
             loss=sum(tokens * outcome.loss for tokens, outcome in applied) / weight,
             gradient_norm=sum(outcome.gradient_norm for _, outcome in applied) / len(applied),
         )
+
+    def _look_for_a_higher_peak(self) -> None:
+        """Measure a CPU's peak again: something else may have kept it busy the first time."""
+        if self._may_measure and time.monotonic() - self._measured > PEAK_SECONDS:
+            self.peak = max(self.peak, measure_peak(self._device.type, self._dtype, seconds=0.1))
+            self._measured = time.monotonic()
 
     @property
     def has_unlogged(self) -> bool:

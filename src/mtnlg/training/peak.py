@@ -39,12 +39,16 @@ def listed_gpu_peak(device_name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def measured_peak(device_type: str, dtype: torch.dtype, num_threads: int, seconds: float = 0.4) -> float:
+    """What :func:`measure_peak` finds, once for each number of threads (torch's present setting)."""
+    return measure_peak(device_type, dtype, seconds)
+
+
+def measure_peak(device_type: str, dtype: torch.dtype, seconds: float) -> float:
     """FLOP/s of the best of several square matrix products.
 
     Args:
         device_type: ``cpu`` or ``cuda``.
         dtype: of both factors.
-        num_threads: CPU threads; part of the cache's key, the measurement uses torch's setting.
         seconds: how long to go on trying for a better one (after one to warm up).
     """
     size = 1024 if device_type == "cpu" else 8192

@@ -72,7 +72,7 @@ class Trainer:
             LossScale(config.precision),
             switches.max_skipped_steps,
         )
-        self.stream = BatchStream(config.data, "train", config.seed)
+        self.stream = BatchStream(config.data, "train", config.seed, vocab_size=config.model.vocab_size)
         self.validation = Validation(config) if config.data.split_shares()[1] > 0.0 else None
         self.schedule = make_schedule(config.schedule)
         self.ramp = BatchRamp(config.batch, config.data.sequence_length, mesh.num_replicas)
