@@ -18,7 +18,6 @@ from mtnlg.config import (
     MegatronModelConfig,
     OptimizerConfig,
     PrecisionConfig,
-    TrainingConfig,
 )
 from mtnlg.config.layout import SIZES, V_SCHEDULES
 from mtnlg.model import loss as plain_loss
@@ -114,42 +113,6 @@ def share_of(batches: list[list[Batch]], mesh: Mesh) -> list[Batch]:
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_gradients(model: ParallelModel) -> dict[str, Any]:
-    return {
-        name: whole(parameter.grad).detach().numpy().copy()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def one_step(
-    model_fields: dict[str, Any],
-    layout_fields: dict[str, Any],
-    data_fields: dict[str, Any],
-    precision: dict[str, Any],
-    switches: dict[str, Any],
-) -> dict[str, Any]:
-    """Loss, gradients and norm of one step, and the first weights, of this rank's part."""
-    config = MegatronModelConfig(**model_fields)
-    mesh = mesh_of(layout_fields)
-    model = lay_out(config, mesh, SEED, PrecisionConfig(**precision), TrainingConfig(**switches))
-    weights = {name: whole(item).detach().numpy().copy() for name, item in model.named_parameters()}
-    batches = make_batches(config.vocab_size, **data_fields)
-    valid = sum(batch.num_valid_tokens for replica in batches for batch in replica)
-    mine = share_of(batches, mesh)
-    loss = mesh.sum_of_loss(model.forward_backward(mine, valid))
-    evaluated, counted = model.evaluate(mine)
-    return {
-        "loss": loss.item(),
-        "evaluated": evaluated.item(),
-        "counted": counted.item(),
-        "valid": valid,
-        "norm": model.gradient_norm().item(),
-        "gradients": whole_gradients(model),
-        "weights": weights,
-    }
 
 
 def split_loss(vocab_size: int, gathers: bool, split_sequence: bool, bytes_at_once: int) -> list[Any]:

@@ -1,0 +1,80 @@
+"""What each rank runs for a case of the parity matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.parallel.workers import SEED, make_batches, mesh_of, share_of, whole
+
+from mtnlg.config import MegatronModelConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
+from mtnlg.parallel import Mesh, ParallelModel, lay_out
+from mtnlg.tokens.batch import Batch
+from mtnlg.training.loss_scale import LossScale
+from mtnlg.training.optimizers import Optimizer
+from mtnlg.training.step import TrainingStep
+
+STEPS = 3
+# AdamW divides each gradient by its own size, so with its usual epsilon an element whose true gradient
+# is zero would be stepped by the sign of its rounding error. This one is as large as the larger
+# gradients: the step is a smooth function of the gradient, and an error of it stays an error of its size.
+OPTIMIZER = OptimizerConfig(learning_rate=0.02, epsilon=0.03, clip_grad_norm=0.5)
+
+
+def run_case(
+    model_fields: dict[str, Any],
+    layout_fields: dict[str, Any],
+    data_fields: dict[str, Any],
+    precision_fields: dict[str, Any],
+    switches: dict[str, Any],
+) -> dict[str, Any]:
+    """What one step gives from the first weights, and the weights after three steps of AdamW."""
+    config, precision = MegatronModelConfig(**model_fields), PrecisionConfig(**precision_fields)
+    mesh = mesh_of(layout_fields)
+    model = lay_out(config, mesh, SEED, precision, TrainingConfig(**switches))
+    weights = whole_weights(model)
+    batches = make_batches(config.vocab_size, **data_fields)
+    found = {"weights": weights, **first_gradients(model, mesh, batches, LossScale(precision).value)}
+    model.zero_gradients()
+    optimizer = Optimizer(model.named_parameters(), OPTIMIZER)
+    step = TrainingStep(model, optimizer, OPTIMIZER, LossScale(precision), max_skipped=0)
+    outcomes = []
+    for number in range(STEPS):
+        batches = make_batches(config.vocab_size, **data_fields, seed=100 + number)
+        outcomes.append(step.run(share_of(batches, mesh), count_valid(batches), factor=1.0))
+    assert all(outcome.applied for outcome in outcomes), outcomes
+    return {**found, "weights_after": whole_weights(model)}
+
+
+def first_gradients(
+    model: ParallelModel, mesh: Mesh, batches: list[list[Batch]], scale: float
+) -> dict[str, Any]:
+    """Loss, gradients and their norm of one step, and the loss of an evaluation."""
+    valid = count_valid(batches)
+    mine = share_of(batches, mesh)
+    evaluated, counted = model.evaluate(mine)
+    loss = mesh.sum_of_loss(model.forward_backward(mine, valid, scale))
+    model.scale_gradients(1.0 / scale)
+    return {
+        "loss": loss.item(),
+        "evaluated": evaluated.item(),
+        "counted": counted.item(),
+        "valid": valid,
+        "norm": model.gradient_norm().item(),
+        "gradients": {
+            name: array(parameter.grad)
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        },
+    }
+
+
+def count_valid(batches: list[list[Batch]]) -> int:
+    return sum(batch.num_valid_tokens for replica in batches for batch in replica)
+
+
+def whole_weights(model: ParallelModel) -> dict[str, Any]:
+    return {name: array(parameter) for name, parameter in model.named_parameters()}
+
+
+def array(tensor: Any) -> Any:
+    return whole(tensor.detach()).float().cpu().numpy().copy()
