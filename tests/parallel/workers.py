@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import replace
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.ranks import device_type
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -22,6 +24,7 @@ from mtnlg.config import (
 from mtnlg.config.layout import SIZES, V_SCHEDULES
 from mtnlg.model import loss as plain_loss
 from mtnlg.parallel import Mesh, ParallelModel, build_mesh, lay_out
+from mtnlg.parallel.exchange import TensorAxis
 from mtnlg.parallel.vocabulary import VocabularyParallelLoss
 from mtnlg.tokens.batch import IGNORED_LABEL, Batch
 from mtnlg.training import checkpoint_files as files
@@ -49,7 +52,7 @@ def mesh_of(layout_fields: dict[str, Any]) -> Mesh:
 
 @cache
 def _mesh(layout_fields: tuple[tuple[str, Any], ...]) -> Mesh:
-    return build_mesh(LayoutConfig(**dict(layout_fields)))
+    return build_mesh(LayoutConfig(**dict(layout_fields)), device_type())
 
 
 def sum_of_ranks(start: int) -> int:
@@ -65,6 +68,12 @@ def process_id() -> int:
 def fail_on_rank_one() -> None:
     if dist.get_rank() == 1:
         raise ValueError("rank one has had enough")
+    dist.barrier()
+
+
+def die_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
 
 
@@ -119,6 +128,7 @@ def split_loss(vocab_size: int, gathers: bool, split_sequence: bool, bytes_at_on
     """Loss and gradients over vocabulary shards beside the plain loss, in several chunks of tokens."""
     plain_loss.LOGITS_BYTES = bytes_at_once
     mesh = mesh_of({"tensor_parallel_size": dist.get_world_size(), "data_parallel_size": 1}).axis("tensor")
+    axis = TensorAxis(mesh, split_sequence)
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(2, 8, 5, generator=generator, requires_grad=True)
     weight = torch.randn(vocab_size, 5, generator=generator, requires_grad=True)
@@ -129,7 +139,7 @@ def split_loss(vocab_size: int, gathers: bool, split_sequence: bool, bytes_at_on
     stream = Shard(1) if split_sequence else Replicate()
     mine = distribute_tensor(hidden.detach(), mesh, [stream]).to_local().requires_grad_()
     split_weight = torch.nn.Parameter(distribute_tensor(weight.detach(), mesh, [Shard(0)]))
-    loss_function = VocabularyParallelLoss(mesh, stream, gathers)
+    loss_function = VocabularyParallelLoss(axis, gathers)
     with torch.no_grad():
         evaluated = loss_function(mine, split_weight, labels)
     loss = loss_function(mine, split_weight, labels)
