@@ -169,10 +169,9 @@ class RankPool:
 
     def end_world(self, size: int) -> None:
         """End the processes of one number of ranks, and with them what they hold in memory."""
-        assert self._nursery is not None
         for worker in self._worlds.pop(size, []):
             worker.signal(signal.SIGKILL)
-            self._nursery.exit_code(worker.process_id)
+            self._how_it_ended(worker)
             worker.connection.close()
 
     def _start_world(self, size: int) -> None:

@@ -1,144 +1,120 @@
 """The whole matrix of layouts beside one process, as a table.
 
-    python -m tests.parallel.matrix [--compiled] [--out benchmarks/results/parity.md]
+    python -m tests.parallel.matrix [--topic context] [--compiled] [--device cuda] [--resume]
 
-Takes some minutes: eight ranks on real gloo groups, one thread each.
+Takes some minutes: up to eight ranks on real gloo groups, one thread each; with ``--device cuda`` on NCCL,
+as many ranks as there are GPUs. What is done is kept beside the table until it is whole, so that
+``--resume`` goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
+import json
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tests.parallel import workers
-from tests.parallel.parity import BOUND, FAMILIES, Case, Difference, compare, layout_fields
-from tests.parallel.test_checkpoints import assert_bit_equal, merged
-from tests.ranks import RankPool
+from tests.parallel.cases import cases_of, topics
+from tests.parallel.checkpoint_pairs import checkpoint_pairs
+from tests.parallel.parity import BOUNDS, Case, Difference, compare
+from tests.ranks import RankError, RankPool, device_type
 
-SEVEN = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
-BF16_BOUND = 0.05  # bf16 keeps 8 bits: tensor-parallel sums of sums round twice
-
-
-def cases() -> Iterator[Case]:
-    """Every layout with every family and embedding, then every option on a layout that it touches."""
-    for (tensor, pipeline, data), family, tied in itertools.product(SEVEN, FAMILIES, (True, False)):
-        yield Case(tensor, pipeline, data, family, tied)
-    for tensor, pipeline, data in SEVEN:
-        yield Case(tensor, pipeline, data, "llama", documents=True)
-        yield Case(tensor, pipeline, data, "gpt", switches={"activation_recomputation": "full"})
-        yield Case(tensor, pipeline, data, "gpt", precision={"dtype": "bf16"})
-    for data in (1, 2):
-        yield Case(2, 1, data, layout={"sequence_parallel": False})
-        yield Case(2, 2, data, "llama", False, layout={"sequence_parallel": False}, documents=True)
-        yield Case(2, 1, data, model={"parallel_output": False})
-        yield Case(2, 2, data, "llama", switches={"activation_recomputation": "selective"})
-        yield Case(1, 2, data, layout={"pipeline_schedule": "gpipe"})
-    for sharding in ("ddp", "zero2", "zero3"):
-        for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
-            yield Case(tensor, pipeline, 2, "gpt", layout={"data_parallel_sharding": sharding})
-    yield Case(1, 3, 1, "llama")
-    yield Case(1, 4, 2, "llama")
-    yield Case(2, 3, 1, "gpt", model={"num_hidden_layers": 7})
-    yield Case(1, 1, 4)
-    yield Case(4, 1, 2, model={"vocab_size": 10})  # 3, 3, 3 and 1 entries
-    yield Case(2, 1, 4, "llama", False)
-    yield Case(1, 2, 2, model={"pre_process_first": False, "post_process_last": False})
+NUMBERS = ("gradient", "loss", "norm", "after")
+EXPLANATION = """\
+Each row is one model in one layout, beside one process that trains in float32 on the same batches: masked
+labels of unequal counts, an odd vocabulary, layers that do not divide. *Gradient*: largest difference of an
+unclipped gradient over the largest gradient of the model, over all ranks. *Loss* (in training and in
+evaluation) and gradient *norm*: relative. *Weights*: after three clipped steps of AdamW, largest difference
+over the largest change (epsilon is as large as the gradients there: AdamW divides a gradient by its own
+size, and where the true gradient is zero that size is rounding error). Bounds: {bounds}. The first weights
+are the same bits everywhere, and so are all copies of a weight and its gradient."""
+Row = dict[str, Any]  # topic, case, the numbers of a Difference, problems
 
 
-def compiled_cases() -> Iterator[Case]:
-    """Layouts with ``torch.compile`` on each layer (minutes: every rank compiles)."""
-    for sizes in ((1, 1, 1), *SEVEN):
-        yield Case(*sizes, family="llama", switches={"compile": True})
-
-
-def parity_rows(
-    pool: RankPool, chosen: Iterator[Case], timeout: float
-) -> Iterator[tuple[Case, Difference]]:
-    """Run the cases one after the other."""
+def rows_of(
+    pool: RankPool, chosen: list[tuple[str, Case]], done: dict[str, Row], timeout: float
+) -> Iterator[Row]:
+    """One row for each case, in the order given; those already ``done`` are not run again."""
     references: dict[str, Any] = {}
-    for case in chosen:
-        difference = compare(pool, case, references, timeout)
-        print(f"{case.name:70} gradient {difference.gradient:.1e}", file=sys.stderr)
-        yield case, difference
+    size = 0
+    for number, (topic, case) in enumerate(chosen, 1):
+        if case.size != size:
+            pool.end_world(size)
+            size = case.size
+        row = done.get(case.name) or {
+            "topic": topic,
+            "case": case.name,
+            **run(pool, case, references, timeout),
+        }
+        verdict = "; ".join(row["problems"]) or f"gradient {row['gradient']:.1e}  after {row['after']:.1e}"
+        print(f"{number}/{len(chosen)} {case.name:70} {verdict}", file=sys.stderr)
+        yield row
 
 
-def is_good(case: Case, difference: Difference) -> bool:
-    """Whether a case is within its bound."""
-    bound = BF16_BOUND if case.precision.get("dtype") == "bf16" else BOUND
-    worst = max(difference.gradient, difference.loss, difference.norm)
-    return worst <= bound and difference.weights_equal and difference.tied_copies_equal
+def run(pool: RankPool, case: Case, references: dict[str, Any], timeout: float) -> Row:
+    """The numbers of one case; a failure is a row too."""
+    try:
+        difference: Difference = compare(pool, case, references, timeout)
+    except (RankError, AssertionError) as error:
+        print(error, file=sys.stderr)
+        last = str(error).strip().splitlines()[-1]
+        return {**dict.fromkeys(NUMBERS, float("nan")), "problems": [last]}
+    return {**dataclasses.asdict(difference), "problems": difference.problems(case)}
 
 
-def checkpoint_pairs(pool: RankPool) -> Iterator[tuple[str, str, float]]:
-    """Save in each layout, go on in each: the largest relative difference of the next loss."""
-    model = {**FAMILIES["gpt"], "num_hidden_layers": 3}
-    layouts = [(1, 1, 1), *SEVEN]
-    with tempfile.TemporaryDirectory() as folder:
-        for source in layouts:
-            run = f"{folder}/{source}"
-            first = _train(pool, model, source, run, 0)
-            saved = merged(first)
-            for target in layouts:
-                results = _train(pool, model, target, run, 1)
-                assert_bit_equal(results, saved)
-                losses = [result["losses"][0] for result in results]
-                if target == (1, 1, 1):
-                    expected = losses[0]
-                worst = max(abs(loss - expected) / expected for loss in losses)
-                yield _name(source), _name(target), worst
+def chosen_cases(topic: str | None, compiled: bool, most_ranks: int) -> list[tuple[str, Case]]:
+    """Cases with their topics, few ranks first; each once."""
+    found: dict[str, tuple[str, Case]] = {}
+    for name in [topic] if topic else topics():
+        for case in cases_of(name, whole=True, compiled=compiled):
+            if case.size <= most_ranks:
+                found.setdefault(case.name, (name, case))
+    return sorted(found.values(), key=lambda pair: pair[1].size)
 
 
-def _train(pool: RankPool, model: dict[str, Any], sizes: tuple[int, ...], run: str, step: int) -> Any:
-    args = (model, layout_fields(*sizes), {"name": "adamw"}, run, step, 1)
-    return pool.run(int(np.prod(sizes)), workers.continue_training, *args, timeout=600.0)
-
-
-def _name(sizes: tuple[int, ...]) -> str:
-    named = zip(("tp", "pp", "dp"), sizes)
-    return "x".join(f"{name}{size}" for name, size in named if size > 1) or "one process"
-
-
-def report(rows: list[tuple[Case, Difference]], pairs: list[tuple[str, str, float]], seconds: float) -> str:
-    """The table in Markdown."""
-    good = sum(is_good(*row) for row in rows)
+def report(rows: list[Row], pairs: list[tuple[str, str, float]], minutes: float) -> str:
+    """The tables in Markdown."""
+    good = sum(not row["problems"] for row in rows)
+    where = f"{os.cpu_count()} cores ({platform.machine()}), gloo, one thread a rank"
+    if device_type() == "cuda":
+        where = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, NCCL"
+    bounds = ", ".join(f"{bound:g} in {name}" for name, bound in BOUNDS.items())
     lines = [
         "# Layouts beside one process",
         "",
-        f"Measured {datetime.now(UTC):%Y-%m-%d} with torch {torch.__version__}, gloo, one thread a rank, "
-        f"{os.cpu_count()} cores ({platform.machine()}), in {seconds / 60:.0f} minutes. "
-        "Again: `python -m tests.parallel.matrix`.",
+        f"Measured {datetime.now(UTC):%Y-%m-%d} with torch {torch.__version__}, {where}, in {minutes:.0f} "
+        "minutes. Again: `python -m tests.parallel.matrix`.",
         "",
-        "Gradient: largest difference over the largest gradient of the whole model, unclipped, over all "
-        f"ranks. Bound {BOUND:g} in float32 and {BF16_BOUND:g} in bf16. Loss and norm: relative. Every row "
-        "also has the first weights bit-equal to one process, the copies of a tied embedding bit-equal, "
-        "masked labels of unequal counts, an odd vocabulary (37) and layers that do not divide (3, 5).",
+        EXPLANATION.format(bounds=bounds),
         "",
-        f"{good} of {len(rows)} within the bound.",
-        "",
-        "| layout | gradient | loss | norm | |",
-        "|---|---|---|---|---|",
+        f"{good} of {len(rows)} within their bounds.",
     ]
-    for case, found in rows:
-        verdict = "" if is_good(case, found) else "**out of bound**"
-        lines.append(
-            f"| {case.name} | {found.gradient:.1e} | {found.loss:.1e} | {found.norm:.1e} | {verdict} |"
-        )
-    lines += _pair_lines(pairs)
-    return "\n".join(lines) + "\n"
+    for topic in dict.fromkeys(row["topic"] for row in rows):
+        lines += table(topic, [row for row in rows if row["topic"] == topic])
+    return "\n".join(lines + pair_lines(pairs)) + "\n"
 
 
-def _pair_lines(pairs: list[tuple[str, str, float]]) -> list[str]:
+def table(topic: str, rows: list[Row]) -> list[str]:
+    """One topic's rows."""
+    lines = ["", f"## {topic.capitalize()}", "", "| layout | gradient | loss | norm | weights | |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows:
+        numbers = " | ".join(f"{row[name]:.1e}" for name in NUMBERS)
+        verdict = f"**{'; '.join(row['problems'])}**" if row["problems"] else ""
+        lines.append(f"| {row['case']} | {numbers} | {verdict.replace('|', '/')} |")
+    return lines
+
+
+def pair_lines(pairs: list[tuple[str, str, float]]) -> list[str]:
+    """What became of checkpoints."""
     if not pairs:
         return []
     worst = max(difference for _, _, difference in pairs)
@@ -153,24 +129,39 @@ def _pair_lines(pairs: list[tuple[str, str, float]]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--topic", choices=topics(), help="only the cases of one topic")
     parser.add_argument("--compiled", action="store_true", help="also compiled layers (minutes)")
-    parser.add_argument("--out", default="benchmarks/results/parity.md")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--resume", action="store_true", help="go on where the last run was interrupted")
+    parser.add_argument("--out", help="the table; benchmarks/results/parity.md for the whole on the CPU")
     options = parser.parse_args()
-    pool = RankPool()
-    begun = time.monotonic()
+    os.environ["MTNLG_TEST_DEVICE"] = options.device
+    words = ["parity", *filter(None, [options.topic, options.device.removeprefix("cpu")])]
+    out = Path(options.out or f"benchmarks/results/{'-'.join(words)}.md")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    most_ranks = torch.cuda.device_count() if options.device == "cuda" else 8
+    part = out.with_suffix(".part")
+    done: dict[str, Row] = {}
+    if options.resume and part.exists():
+        done = {row["case"]: row for row in map(json.loads, part.read_text().splitlines())}
+    pool, begun = RankPool(), time.monotonic()
+    rows, pairs = [], []
     try:
-        rows = list(parity_rows(pool, cases(), 600.0))
-        if options.compiled:
-            rows += parity_rows(pool, compiled_cases(), 1800.0)
-        pairs = list(checkpoint_pairs(pool))
+        with part.open("w") as file:
+            chosen = chosen_cases(options.topic, options.compiled, most_ranks)
+            for row in rows_of(pool, chosen, done, 1800.0 if options.compiled else 300.0):
+                file.write(json.dumps(row, default=float) + "\n")
+                file.flush()
+                rows.append(row)
+        if not options.topic and most_ranks >= 8:
+            pairs = list(checkpoint_pairs(pool))
     finally:
         pool.close()
-    out = Path(options.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(report(rows, pairs, time.monotonic() - begun), encoding="utf-8")
+    out.write_text(report(rows, pairs, (time.monotonic() - begun) / 60.0), encoding="utf-8")
+    part.unlink()
     print(f"written {out}")
-    return 0 if all(is_good(*row) for row in rows) else 1
+    return 1 if any(row["problems"] for row in rows) else 0
 
 
 if __name__ == "__main__":

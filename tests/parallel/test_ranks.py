@@ -18,7 +18,7 @@ def test_failing_rank_fails_the_call_with_all_traces_and_the_pool_recovers() -> 
             pool.run(2, workers.fail_on_rank_one)
         assert "barrier" in str(caught.value), "where the other rank waits is told"
         with pytest.raises(RankError, match=r"still running at(.|\n)*hang_on_rank_one"):
-            pool.run(2, workers.hang_on_rank_one, timeout=15)
+            pool.run(2, workers.hang_on_rank_one, timeout=5)
         with pytest.raises(RankError, match="ended with code -9"):
             pool.run(2, workers.die_on_rank_one)
         assert pool.run(2, workers.sum_of_ranks, 1) == [2, 2]

@@ -1,7 +1,8 @@
 """What the parity matrix compares, topic by topic.
 
 Each module here has two lists of :class:`tests.parallel.parity.Case`: ``SLICE``, a few that every test
-run takes, and ``CASES``, the rest of the matrix. A new module is found by being here.
+run takes, and ``CASES``, the rest of the matrix; it may have a third, ``COMPILED``, which takes longer. A
+new module is found by being here.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ def topics() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def cases_of(topic: str, whole: bool = False) -> list[Case]:
-    """The slice of a topic or, if ``whole``, all of its cases, each once; few ranks come first.
+def cases_of(topic: str, whole: bool = False, compiled: bool = False) -> list[Case]:
+    """The slice of a topic or more of its cases, each once; few ranks come first.
 
     Cases of as many ranks stand together, so that ranks are started once for all of them.
     """
     module = importlib.import_module(f"{__name__}.{topic}")
-    found = {case.name: case for case in [*module.SLICE, *(module.CASES if whole else [])]}
-    return sorted(found.values(), key=lambda case: case.size)
+    cases = [
+        *module.SLICE,
+        *(module.CASES if whole else []),
+        *(getattr(module, "COMPILED", []) if compiled else []),
+    ]
+    return sorted({case.name: case for case in cases}.values(), key=lambda case: case.size)

@@ -47,3 +47,5 @@ for _data in (1, 2):
         Case(2, 2, _data, "llama", switches={"activation_recomputation": "selective"}),
         Case(1, 2, _data, layout={"pipeline_schedule": "gpipe"}),
     ]
+
+COMPILED = [Case(*sizes, family="llama", switches={"compile": True}) for sizes in ((1, 1, 1), *SEVEN)]
