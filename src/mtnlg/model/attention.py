@@ -95,6 +95,16 @@ class Attention(nn.Module):
         Returns:
             [batch, sequence, hidden]
         """
+        return self.output(self.attend(hidden, rotation, mask, cache))
+
+    def attend(
+        self,
+        hidden: Tensor,
+        rotation: Rotation | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """All but the last projection: [batch, sequence, hidden] → [batch, sequence, heads * head_dim]"""
         query = self._split_heads(self.query(hidden))
         key = self._split_heads(self.key(hidden))
         value = self._split_heads(self.value(hidden))
@@ -107,7 +117,7 @@ class Attention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         context = self.attention_function(query, key, value, mask, dropout)
         # [batch, heads, sequence, head_dim]
-        return self.output(context.transpose(1, 2).flatten(2))
+        return context.transpose(1, 2).flatten(2)
 
     def _split_heads(self, projected: Tensor) -> Tensor:
         heads = projected.unflatten(-1, (-1, self.head_size))
