@@ -22,7 +22,10 @@ PUBLISHED = {  # billions, to the digits given by the papers and model cards
     "llama3-70b": (70.55, 2),
     "qwen2.5-0.5b": (0.494, 3),
     "qwen2.5-7b": (7.62, 2),
+    "mixtral-8x7b": (46.7, 1),
+    "qwen3-30b-a3b": (30.5, 1),
 }
+ACTIVE = {"mixtral-8x7b": 12.9, "qwen3-30b-a3b": 3.3}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -39,6 +42,12 @@ def test_the_predicted_count_is_the_built_models(name):
 def test_the_count_is_the_published_one(name):
     billions, digits = PUBLISHED[name]
     assert round(MegatronModelConfig.from_preset(name).num_parameters / 1e9, digits) == billions
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_the_active_parameters_are_the_published_ones(name):
+    active = MegatronModelConfig.from_preset(name).num_active_parameters / 1e9
+    assert active == pytest.approx(ACTIVE[name], abs=0.06)
 
 
 def test_a_million_to_a_trillion():

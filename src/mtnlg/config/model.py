@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mtnlg.config.errors import ConfigError, NotYetError
+from mtnlg.config.moe import AUX_LOSS_COEFFICIENT, BIAS_UPDATE_RATE, expert_problems, mlp_weights
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu", *GATED_ACTIVATIONS)
@@ -63,6 +64,24 @@ class MegatronModelConfig:
         qk_normalization: RMSNorm over each head's queries and keys (Qwen3).
         hidden_dropout: dropout after the embedding and on each sub-block's output.
         attention_dropout: dropout on the attention weights.
+        num_experts: experts of each layer that has them (mixture of experts); ``None`` is a dense model.
+        num_experts_per_token: experts that each token is sent to.
+        moe_intermediate_size: width of one expert; ``None`` is that of the MLP.
+        num_shared_experts: experts that every token goes through as well (DeepSeekMoE).
+        num_dense_layers_first: layers at the beginning without experts.
+        moe_layer_interval: of the others, every so many-th has experts (layer ``i`` where
+            ``(i + 1) % interval`` is 0).
+        router_score_function: ``softmax`` over all experts, or ``sigmoid`` of each by itself.
+        normalize_router_weights: divide the weights of a token's experts by their sum.
+        router_scaling_factor: what the weights are multiplied by after that.
+        router_load_balancing: how experts are kept equally busy: an ``auxiliary_loss`` for each
+            sequence (Switch, DeepSeek-V3), a ``bias`` on the choice that follows the load (arXiv
+            2408.15664), or ``none``.
+        router_aux_loss_coefficient: weight of that loss; ``None`` is 0.01 with ``auxiliary_loss`` and
+            0 with ``bias``, where a small one may be given as well.
+        router_z_loss_coefficient: weight of the squared log-sum-exp of the router's logits (ST-MoE,
+            arXiv 2202.08906).
+        router_bias_update_rate: what the bias moves by in one step; ``None`` is 0.001.
 
     Raises:
         ConfigError: naming every field that is out of range, all at once.
@@ -111,11 +130,24 @@ class MegatronModelConfig:
     qk_normalization: bool = False
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    num_experts: int | None = None
+    num_experts_per_token: int = 2
+    moe_intermediate_size: int | None = None
+    num_shared_experts: int = 0
+    num_dense_layers_first: int = 0
+    moe_layer_interval: int = 1
+    router_score_function: str = "softmax"
+    normalize_router_weights: bool = True
+    router_scaling_factor: float = 1.0
+    router_load_balancing: str = "auxiliary_loss"
+    router_aux_loss_coefficient: float | None = None
+    router_z_loss_coefficient: float = 0.0
+    router_bias_update_rate: float | None = None
 
     def __post_init__(self) -> None:
         problems = _range_problems(self) + _choice_problems(self)
         if not problems:
-            problems = _shape_problems(self)
+            problems = _shape_problems(self) + expert_problems(self)
         if problems:
             raise ConfigError(problems)
         _refuse_what_is_not_yet(self)
@@ -173,23 +205,65 @@ class MegatronModelConfig:
         return self.activation_function in GATED_ACTIVATIONS
 
     @property
+    def expert_ffn_size(self) -> int:
+        """Width of one expert, derived if need be."""
+        return self.moe_intermediate_size or self.ffn_size
+
+    @property
+    def aux_loss_coefficient(self) -> float:
+        """Weight of the load-balancing loss, derived if need be."""
+        if self.router_aux_loss_coefficient is None:
+            return AUX_LOSS_COEFFICIENT * (self.router_load_balancing == "auxiliary_loss")
+        return self.router_aux_loss_coefficient
+
+    @property
+    def bias_update_rate(self) -> float:
+        """What the router's bias moves by in one step, derived if need be."""
+        return BIAS_UPDATE_RATE if self.router_bias_update_rate is None else self.router_bias_update_rate
+
+    @property
     def num_parameters(self) -> int:
         """Trainable parameters, by formula; the tied head counts once."""
-        return self.num_parameters_per_layer * self.num_hidden_layers + self._num_end_parameters
+        layers = range(self.num_hidden_layers)
+        return sum(map(self.num_parameters_of_layer, layers)) + self._num_end_parameters
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Those that one token goes through: of the experts only as many as it is sent to."""
+        layers = range(self.num_hidden_layers)
+        return sum(map(self.num_active_parameters_of_layer, layers)) + self._num_end_parameters
 
     @property
     def num_parameters_per_layer(self) -> int:
+        """Trainable parameters of the last Transformer layer; in a dense model all have as many."""
+        return self.num_parameters_of_layer(self.num_hidden_layers - 1)
+
+    def num_parameters_of_layer(self, index: int) -> int:
         """Trainable parameters of one Transformer layer, by formula."""
-        hidden, ffn, head = self.hidden_size, self.ffn_size, self.head_size
+        return self._num_attention_parameters + mlp_weights(self, index) + self._num_bias_parameters
+
+    def num_active_parameters_of_layer(self, index: int) -> int:
+        """Those of one layer that one token goes through."""
+        matrices = mlp_weights(self, index, active=True)
+        return self._num_attention_parameters + matrices + self._num_bias_parameters
+
+    @property
+    def _num_attention_parameters(self) -> int:
+        """Of the attention of one layer and of the layer's two norms."""
+        hidden, head = self.hidden_size, self.head_size
         query = self.num_attention_heads * head
         key_value = self.key_value_heads * head
         attention = hidden * (query + 2 * key_value) + query * hidden
         attention += (query + 2 * key_value) * self.attention_bias
         attention += hidden * self.has_attention_output_bias
         attention += 2 * head * self.qk_normalization
+        return attention + 2 * self._num_norm_parameters
+
+    @property
+    def _num_bias_parameters(self) -> int:
+        """Biases of one layer's MLP."""
         up_matrices = 2 if self.is_gated else 1
-        mlp = (up_matrices + 1) * hidden * ffn + (up_matrices * ffn + hidden) * self.mlp_bias
-        return attention + mlp + 2 * self._num_norm_parameters
+        return (up_matrices * self.ffn_size + self.hidden_size) * self.mlp_bias
 
     @property
     def _num_norm_parameters(self) -> int:

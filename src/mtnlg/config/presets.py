@@ -2,8 +2,8 @@
 
 Figures: GPT-2 (Radford et al. 2019), GPT-3 (arXiv 2005.14165, table 2.1, with Megatron's padded
 vocabulary), Megatron-LM (arXiv 2104.04473, table 1), MT-NLG (arXiv 2201.11990, section 2), Llama 2
-(arXiv 2307.09288), Llama 3 (arXiv 2407.21783), Qwen2.5 (arXiv 2412.15115). The ``tiny`` sizes are
-ours, for laptops.
+(arXiv 2307.09288), Llama 3 (arXiv 2407.21783), Qwen2.5 (arXiv 2412.15115), Mixtral (arXiv 2401.04088),
+Qwen3 (arXiv 2505.09388). The ``tiny`` sizes are ours, for laptops.
 """
 
 from __future__ import annotations
@@ -56,6 +56,20 @@ def _tiny(layers: int, hidden: int, heads: int, key_value_heads: int, ffn: int) 
 
 
 _QWEN = dict(attention_bias=True, attention_output_bias=False, rotary_base=1e6, layernorm_eps=1e-6)
+_MIXTRAL = dict(
+    rotary_base=1e6, max_position_embeddings=32768, num_experts=8, router_aux_loss_coefficient=0.02
+)
+_QWEN3_MOE = dict(
+    rotary_base=1e6,
+    max_position_embeddings=40960,
+    layernorm_eps=1e-6,
+    head_dim=128,
+    qk_normalization=True,
+    num_experts=128,
+    num_experts_per_token=8,
+    moe_intermediate_size=768,
+    router_aux_loss_coefficient=0.001,
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny-1m": _tiny(4, 96, 3, 3, 256),
@@ -92,6 +106,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         24, 896, 14, 2, 4864, 151936, tie_word_embeddings=True, max_position_embeddings=32768, **_QWEN
     ),
     "qwen2.5-7b": _llama(28, 3584, 28, 4, 18944, 152064, max_position_embeddings=131072, **_QWEN),
+    "mixtral-8x7b": _llama(32, 4096, 32, 8, 14336, 32000, **_MIXTRAL),
+    "qwen3-30b-a3b": _llama(48, 2048, 32, 4, 6144, 151936, **_QWEN3_MOE),
 }
 
 

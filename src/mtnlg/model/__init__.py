@@ -4,6 +4,8 @@ from mtnlg.model.attention import Attention, KeyValueCache
 from mtnlg.model.decoder import DecoderLayer, DecoderOutput, Embedding, Head, MegatronLmDecoder
 from mtnlg.model.initialization import initial_value, initialize_weights
 from mtnlg.model.loss import IGNORED_LABEL, summed_cross_entropy
+from mtnlg.model.moe import Experts, MixtureOfExperts
+from mtnlg.model.router import Router
 
 __all__ = [
     "IGNORED_LABEL",
@@ -11,9 +13,12 @@ __all__ = [
     "DecoderLayer",
     "DecoderOutput",
     "Embedding",
+    "Experts",
     "Head",
     "KeyValueCache",
     "MegatronLmDecoder",
+    "MixtureOfExperts",
+    "Router",
     "initial_value",
     "initialize_weights",
     "summed_cross_entropy",

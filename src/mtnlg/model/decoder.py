@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mtnlg.config import MegatronModelConfig
+from mtnlg.config.moe import has_experts
 from mtnlg.model.attention import Attention, KeyValueCache
 from mtnlg.model.loss import summed_cross_entropy
 from mtnlg.model.mlp import Mlp
+from mtnlg.model.moe import MixtureOfExperts
 from mtnlg.model.norms import make_norm
 from mtnlg.model.positions import Rotation, rotation_angles
 
@@ -55,14 +57,14 @@ class Embedding(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), whose MLP may be a mixture of experts."""
 
     def __init__(self, config: MegatronModelConfig, layer_index: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer_index)
         self.mlp_norm = make_norm(config)
-        self.mlp = Mlp(config)
+        self.mlp = MixtureOfExperts(config) if has_experts(config, layer_index) else Mlp(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(

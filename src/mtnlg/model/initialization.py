@@ -15,14 +15,20 @@ from torch import Tensor, nn
 
 from mtnlg.config import MegatronModelConfig
 
-_RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight")
+_RESIDUAL_OUTPUTS = (
+    "attention.output.weight",
+    "mlp.down.weight",
+    "mlp.shared.down.weight",
+    "mlp.experts.down",
+)
 
 
 def initial_std(name: str, config: MegatronModelConfig) -> float:
     """Standard deviation of the matrix ``name``.
 
-    The two projections that write into the residual stream get ``std / sqrt(2 * layers)``
-    (Megatron-LM, following GPT-2) unless ``output_layer_init_method`` says otherwise.
+    The projections that write into the residual stream (two of a layer, an expert's too) get
+    ``std / sqrt(2 * layers)`` (Megatron-LM, following GPT-2) unless ``output_layer_init_method`` says
+    otherwise.
     """
     if name.endswith(_RESIDUAL_OUTPUTS):
         if config.output_layer_init_method == "zeros":
@@ -34,6 +40,9 @@ def initial_std(name: str, config: MegatronModelConfig) -> float:
 
 def initial_value(name: str, shape: Sequence[int], config: MegatronModelConfig, seed: int) -> Tensor:
     """The whole initial value of one parameter, float32 on the CPU.
+
+    Matrices of experts [experts, out, in] have a stream for each expert, so that the first experts stay
+    what they are when others are added.
 
     Args:
         name: the parameter's full name in the whole model.
@@ -48,6 +57,14 @@ def initial_value(name: str, shape: Sequence[int], config: MegatronModelConfig, 
     std = initial_std(name, config)
     if std == 0.0:
         return torch.zeros(tuple(shape))
+    if len(shape) == 3:
+        experts = [_normal(f"{name}.{expert}", shape[1:], std, seed) for expert in range(shape[0])]
+        return torch.stack(experts)
+    return _normal(name, shape, std, seed)
+
+
+def _normal(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
+    """Numbers that depend on the name and the seed alone."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)

@@ -33,6 +33,7 @@ def summed_cross_entropy(
     labels: Tensor,
     product: Product = F.linear,
     block_bytes: int | None = None,
+    runs_once: bool = True,
 ) -> Tensor:
     """Sum of the cross entropies of ``hidden @ weight.T`` over all labels that are not ignored.
 
@@ -43,6 +44,7 @@ def summed_cross_entropy(
         product: computes ``hidden @ weight.T``.
         block_bytes: float32 logits that are made into a loss and gradient at once; ``None`` is a
             quarter of a chunk. A block that stays in a processor's cache is read from memory only once.
+        runs_once: whether the backward pass runs at most once, and may use up what it keeps.
 
     Returns:
         A float32 scalar in nats, the sum and not the mean: the caller divides by the number of valid
@@ -51,7 +53,7 @@ def summed_cross_entropy(
     tokens, targets = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropy.apply(
-            tokens, weight, targets, product, block_bytes or LOGITS_BYTES // 4
+            tokens, weight, targets, product, block_bytes or LOGITS_BYTES // 4, runs_once
         )
     step = tokens_per_chunk(len(targets), weight.shape[0])
     total = torch.zeros((), dtype=torch.float32, device=tokens.device)
@@ -64,8 +66,15 @@ def summed_cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, weight: Tensor, targets: Tensor, product: Product, block_bytes: int
+        ctx: Any,
+        tokens: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        product: Product,
+        block_bytes: int,
+        runs_once: bool,
     ) -> Tensor:
+        ctx.runs_once = runs_once
         step = tokens_per_chunk(len(targets), weight.shape[0])
         rows = max(1, block_bytes // (4 * weight.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=tokens.device)
@@ -91,9 +100,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in place: torch refuses a second pass through changed tensors instead of erring.
-        scaled = [gradient.mul_(output_gradients[0]) for gradient in ctx.saved_tensors]
-        return (*scaled, None, None, None)
+        scale, gradients = output_gradients[0], ctx.saved_tensors
+        if ctx.runs_once:
+            # Scaled in place: torch refuses a second pass through changed tensors instead of erring.
+            gradients = [gradient.mul_(scale) for gradient in gradients]
+        else:
+            gradients = [gradient * scale for gradient in gradients]
+        return (*gradients, None, None, None, None)
 
 
 def loss_and_logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

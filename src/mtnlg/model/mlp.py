@@ -15,7 +15,7 @@ def _squared_relu(values: Tensor) -> Tensor:
     return F.relu(values).square()
 
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
@@ -28,12 +28,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Mlp(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) · up(x)) where the activation is gated."""
+    """down(act(up(x))), or down(act(gate(x)) · up(x)) where the activation is gated.
 
-    def __init__(self, config: MegatronModelConfig) -> None:
+    Args:
+        config: the architecture.
+        ffn_size: width; ``None`` is the config's.
+    """
+
+    def __init__(self, config: MegatronModelConfig, ffn_size: int | None = None) -> None:
         super().__init__()
-        hidden, ffn, bias = config.hidden_size, config.ffn_size, config.mlp_bias
-        self.activation = _ACTIVATIONS[config.activation_function]
+        hidden, ffn, bias = config.hidden_size, ffn_size or config.ffn_size, config.mlp_bias
+        self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
         self.gate = nn.Linear(hidden, ffn, bias=bias) if config.is_gated else None
         self.up = nn.Linear(hidden, ffn, bias=bias)
         self.down = nn.Linear(ffn, hidden, bias=bias)
@@ -41,5 +46,9 @@ class Mlp(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, sequence, hidden] → [batch, sequence, hidden]"""
         if self.gate is None:
-            return self.down(self.activation(self.up(hidden)))
-        return self.down(self.activation(self.gate(hidden)) * self.up(hidden))
+            return self.down(self.activate(self.up(hidden)))
+        return self.down(self.activate(self.up(hidden), self.gate(hidden)))
+
+    def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """act(up), or act(gate) · up: [batch, sequence, ffn] → [batch, sequence, ffn]"""
+        return self.activation(up) if gate is None else self.activation(gate) * up

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtnlg.config import MegatronModelConfig
+from mtnlg.config.moe import mlp_weights
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ def forward_flops(config: MegatronModelConfig, sequence_length: int) -> ForwardF
     hidden, layers = config.hidden_size, config.num_hidden_layers
     query = config.num_attention_heads * config.head_size
     key_value = config.key_value_heads * config.head_size
-    mlp_matrices = 3 if config.is_gated else 2
-    per_layer = hidden * (2 * query + 2 * key_value) + mlp_matrices * hidden * config.ffn_size
+    attention_matrices = hidden * (2 * query + 2 * key_value) * layers
+    # Of experts, those that a token goes through; and the router.
+    mlp_matrices = sum(mlp_weights(config, layer, active=True) for layer in range(layers))
     return ForwardFlops(
-        linear=2.0 * per_layer * layers,
+        linear=2.0 * (attention_matrices + mlp_matrices),
         attention=4.0 * sequence_length * query * layers,
         head=2.0 * hidden * config.vocab_size,
     )
