@@ -11,11 +11,13 @@ from torch.distributed.fsdp import FSDPModule
 from mtnlg.config import MegatronModelConfig, PrecisionConfig
 from mtnlg.model import IGNORED_LABEL, MegatronLmDecoder
 from mtnlg.parallel import gradients
+from mtnlg.parallel.context import part_of_sequence
 from mtnlg.parallel.data import DTYPES
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.pipeline import Pipeline
 from mtnlg.parallel.stage import Stage
-from mtnlg.parallel.weights import TIED_COPY, canonical_name
+from mtnlg.parallel.tied import TiedCopy
+from mtnlg.parallel.weights import TIED_COPY, TIED_ORIGINAL, canonical_name
 from mtnlg.parallel.working_copy import WorkingCopy
 from mtnlg.tokens.batch import Batch
 
@@ -52,10 +54,15 @@ class ParallelModel:
         names = {
             canonical_name(name): item for stage in self.stages for name, item in stage.named_parameters()
         }
-        # The last stage's copy of a tied embedding goes by the embedding's name, as in one process.
-        self._holds_tied_copy = config.tie_word_embeddings and mesh.num_stages > 1 and mesh.has_last_stage
+        # The last stage's copy of a tied embedding goes by the embedding's name, as in one process, or,
+        # where this rank has the first stage too, by none.
+        self._tied_copy: TiedCopy | None = None
+        has_copy = config.tie_word_embeddings and mesh.num_stages > 1 and mesh.has_last_stage
+        self._holds_tied_copy = has_copy and not mesh.has_first_stage
         if self._holds_tied_copy:
-            names["embedding.tokens.weight"] = names.pop(TIED_COPY)
+            names[TIED_ORIGINAL] = names.pop(TIED_COPY)
+        elif has_copy:
+            self._tied_copy = TiedCopy(names[TIED_ORIGINAL], names.pop(TIED_COPY))
         self._parameters = names
         self._working_copy: WorkingCopy | None = None
         if self.is_whole and dtype is not None:
@@ -87,7 +94,8 @@ class ParallelModel:
         """This rank's parameters by the plain model's names; the tied head is the embedding.
 
         Laid out, a parameter is a DTensor of the whole shape. The last stage's copy of a tied
-        embedding comes under the embedding's name too, and must be stepped like the first stage's.
+        embedding comes under the embedding's name too, and must be stepped like the first stage's; on
+        the rank of the first stage it does not come at all.
         """
         yield from self._parameters.items()
 
@@ -116,7 +124,8 @@ class ParallelModel:
         over all ranks: dividing by the count of the whole step weighs every token alike.
 
         Args:
-            batches: this replica's micro-batches, all of one shape.
+            batches: this replica's micro-batches, all of one shape; ranks that share sequences are
+                given whole ones too.
             num_valid_tokens: labels that are not ignored, over all micro-batches and replicas.
             loss_scale: fp16's factor.
 
@@ -126,7 +135,7 @@ class ParallelModel:
         """
         self._refresh()
         factor = loss_scale / torch.as_tensor(num_valid_tokens, dtype=torch.float32, device=self.device)
-        batches = [batch.to(self.device) for batch in batches]
+        batches = [part_of_sequence(batch, self.mesh).to(self.device) for batch in batches]
         if self._pipeline is not None:
             total = self._pipeline.forward_backward(batches, factor)
         else:
@@ -150,7 +159,7 @@ class ParallelModel:
         self.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
-            batch = batch.to(self.device)
+            batch = part_of_sequence(batch, self.mesh).to(self.device)
             loss = self._pipeline.evaluate(batch) if self._pipeline else self._loss(batch)
             if self.mesh.has_last_stage:
                 sums[0] += loss
@@ -161,7 +170,7 @@ class ParallelModel:
 
     def gradient_norm(self) -> Tensor:
         """Norm of the gradients of the whole model, the tied embedding counted once (float32 scalar)."""
-        elsewhere = "embedding.tokens.weight" if self._holds_tied_copy else ""
+        elsewhere = TIED_ORIGINAL if self._holds_tied_copy else ""
         return gradients.gradient_norm(self._parameters, self.mesh, elsewhere)
 
     def scale_gradients(self, factor: Tensor | float) -> None:
@@ -188,8 +197,10 @@ class ParallelModel:
 
     def _finish_gradients(self) -> None:
         gradients.finish_partial_sums(self._parameters.values())
+        if self._tied_copy is not None:
+            self._tied_copy.hand_over_gradient()
         if self.config.tie_word_embeddings and self.mesh.ends_group is not None:
-            gradients.sum_tied_copies(self._parameters["embedding.tokens.weight"].grad, self.mesh)
+            gradients.sum_tied_copies(self._parameters[TIED_ORIGINAL].grad, self.mesh)
 
     def _loss(self, batch: Batch) -> Tensor:
         (stage,) = self.stages
@@ -198,3 +209,5 @@ class ParallelModel:
     def _refresh(self) -> None:
         if self._working_copy is not None:
             self._working_copy.refresh()
+        if self._tied_copy is not None:
+            self._tied_copy.refresh()

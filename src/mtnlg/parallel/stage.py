@@ -18,13 +18,22 @@ class Stage(nn.Module):
         number: of the stage in its pipeline.
         sequence_shards: parts that arriving hidden states are split into over the sequence (sequence
             parallelism on stages after the first), so that positions cover the whole sequence.
+        shares_context: whether other ranks hold other parts of each sequence; attention then takes the
+            documents of the whole sequence in place of a mask (:mod:`mtnlg.parallel.context`).
     """
 
-    def __init__(self, decoder: MegatronLmDecoder, number: int = 0, sequence_shards: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: MegatronLmDecoder,
+        number: int = 0,
+        sequence_shards: int = 1,
+        shares_context: bool = False,
+    ) -> None:
         super().__init__()
         self.decoder = decoder
         self.number = number
         self.sequence_shards = 1 if decoder.embedding is not None else sequence_shards
+        self.shares_context = shares_context
 
     def forward(
         self,
@@ -40,7 +49,7 @@ class Stage(nn.Module):
                 [batch, sequence / shards, hidden].
             labels: [batch, sequence]; used by the last stage only.
             position_ids: [batch, sequence] or ``None``.
-            document_ids: [batch, sequence] or ``None``.
+            document_ids: [batch, sequence] or ``None``; of the whole sequence where ranks share it.
 
         Returns:
             The summed loss (float32 scalar) or logits on the last stage, hidden states before it.
@@ -48,7 +57,10 @@ class Stage(nn.Module):
         if position_ids is None:
             length = inputs.shape[1] * self.sequence_shards
             position_ids = torch.arange(length, device=inputs.device)[None]
-        output = self.decoder(inputs, labels, position_ids, document_ids)
+        mask = None
+        if self.shares_context:
+            mask, document_ids = document_ids, None
+        output = self.decoder(inputs, labels, position_ids, document_ids, mask)
         for value in (output.loss, output.logits, output.hidden):
             if value is not None:
                 return value
