@@ -21,7 +21,7 @@ def test_everything_that_does_not_fit_is_listed_at_once() -> None:
         vocab_size=3, hidden_size=48, num_hidden_layers=5, num_attention_heads=6, intermediate_size=50
     )
     problems = layout_problems(layout, model, sequence_length=30, micro_batches=2)
-    named = ["num_attention_heads", "num_key_value_heads", "intermediate_size", "vocabulary"]
+    named = ["num_attention_heads", "intermediate_size", "num_key_value_heads", "vocabulary"]
     named += ["data.sequence_length is 30", "more stages", "micro-batches"]
     assert len(problems) == len(named)
     for name, problem in zip(named, problems):
@@ -50,8 +50,20 @@ def test_every_rank_holds_some_of_the_vocabulary() -> None:
     assert layout_problems(layout, ten, 8, 1) == []  # 3, 3, 3, 1
 
 
+def test_key_and_value_heads_divide_or_are_divided() -> None:
+    fields = dict(vocab_size=101, hidden_size=96, num_hidden_layers=5, num_attention_heads=12)
+
+    def problems(heads: int, tensor: int) -> list[str]:
+        model = MegatronModelConfig(num_key_value_heads=heads, **fields)
+        return layout_problems(LayoutConfig(tensor_parallel_size=tensor), model, 24, 1)
+
+    assert all(problems(heads, 4) == [] for heads in (12, 4, 2, 1))
+    (problem,) = problems(3, 4)
+    assert "model.num_key_value_heads (3) or be a multiple of it" in problem
+
+
 def counts(model: MegatronModelConfig, stages: int) -> list[int]:
-    return [len(layers) for layers in layers_of_stages(model, stages)]
+    return [len(layers) for layers in layers_of_stages(model, LayoutConfig(pipeline_parallel_size=stages))]
 
 
 def test_ends_count_as_work_where_the_config_says_so() -> None:
@@ -78,7 +90,7 @@ def test_every_layer_runs_once_in_order_and_work_is_even(layers: int, stages: in
     model = MegatronModelConfig(
         vocab_size=vocab, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2
     )
-    division = layers_of_stages(model, stages)
+    division = layers_of_stages(model, LayoutConfig(pipeline_parallel_size=stages))
     assert [index for part in division for index in part] == list(range(layers))
     assert all(len(part) >= 1 for part in division)
     end = model.vocab_size * model.hidden_size / model.num_parameters_per_layer

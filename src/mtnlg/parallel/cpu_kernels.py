@@ -13,18 +13,20 @@ from mtnlg.parallel.cpu_linear import onednn_linear
 BLOCK_BYTES = 2**22  # logits that stay in the cache between the passes over them
 
 
-def use_cpu_kernels(decoder: MegatronLmDecoder, is_divided: bool) -> None:
+def use_cpu_kernels(decoder: MegatronLmDecoder, is_divided: bool, runs_once: bool = True) -> None:
     """Replace attention, linear layers and the loss by functions of the same values.
 
     Args:
         decoder: the model, or one stage of it.
-        is_divided: its matrices are split over tensor-parallel ranks, which then keep their own linear
-            layers and loss.
+        is_divided: its matrices are split over tensor-parallel ranks, whose linear layers and loss
+            (:mod:`mtnlg.parallel.tensor`) use these products already.
+        runs_once: whether one backward pass gives all gradients. Where it is split, linear layers stay
+            torch's: its own functions compute only the gradient that is asked for, ours both.
     """
     for layer in decoder.layers.values():
         assert isinstance(layer, DecoderLayer)
         layer.attention.attention_function = blockwise_attention
-        for module in () if is_divided else layer.modules():
+        for module in () if is_divided or not runs_once else layer.modules():
             if isinstance(module, nn.Linear):
                 # The forward of the instance is replaced instead of the module: names stay.
                 module.forward = partial(_linear, module)  # type: ignore[method-assign]

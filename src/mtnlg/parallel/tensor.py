@@ -1,122 +1,187 @@
-"""Tensor and sequence parallelism: how each layer's matrices and activations are divided.
+"""Tensor and sequence parallelism: how each layer's matrices are divided, and computed with.
 
 Queries, keys, values and the MLP's first matrices are split by output (heads, ffn columns), the two
 projections back into the residual stream by input, so that a block needs one exchange before and one
-after it (Shoeybi et al. 2019, arXiv 1909.08053). With sequence parallelism the residual stream, the
-norms and dropout are split over the sequence and those exchanges become a gather and a
-reduce-scatter (Korthikanti et al. 2022, arXiv 2205.05198). The embedding and the head are split over
-the vocabulary, which need not divide.
+after it (:mod:`mtnlg.parallel.exchange`). The embedding and the head are split over the vocabulary,
+which need not divide. Where ranks outnumber the key and value heads, every rank holds those two
+matrices whole, computes the one head that its queries look at, and the gradients are summed.
+
+Every weight is a DTensor of the plain model's shape, which is what FSDP, the optimizer and
+checkpoints work with; modules compute with what this rank holds of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import (
-    DTensor,
-    Placement,
-    Replicate,
-    Shard,
-    distribute_module,
-    distribute_tensor,
-)
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.config import MegatronModelConfig
+from mtnlg.model import DecoderLayer, MegatronLmDecoder
+from mtnlg.model.attention import Attention
+from mtnlg.model.decoder import Embedding, Head
+from mtnlg.model.mlp import Mlp
+from mtnlg.parallel.cpu_linear import onednn_linear
+from mtnlg.parallel.exchange import TensorAxis
 from mtnlg.parallel.mesh import Mesh
-from mtnlg.parallel.vocabulary import VocabularyParallelLoss
+from mtnlg.parallel.remake import result_of
+from mtnlg.parallel.vocabulary import VocabularyParallelLoss, gather_logits, look_up_tokens
 
-SEQUENCE_DIM = 1
-
-
-class OnWholeInputs(ParallelStyle):
-    """Every rank runs the module on whole inputs, with its part of the weights, and keeps its part.
-
-    Weights that stay whole become DTensors too: optimizers and checkpoints want all of one kind.
-    The output is waited for, where torch's own styles hand on one that may still be under way, which
-    a compiled layer does not take.
-
-    Args:
-        output: how the output is left to the next module.
-        weights: how the weights are divided.
-    """
-
-    def __init__(self, output: Placement, weights: Placement | None = None) -> None:
-        super().__init__()
-        self.output = output
-        self.weights = weights or Replicate()
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def divide(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-            for key, weight in list(module.named_parameters(recurse=False)):
-                divided = distribute_tensor(weight, mesh, [self.weights], src_data_rank=None)
-                module.register_parameter(key, nn.Parameter(divided))
-
-        def whole_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-            return tuple(DTensor.from_local(item, mesh, [Replicate()], run_check=False) for item in inputs)
-
-        def part_of_output(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
-            return output.redistribute(placements=[self.output]).to_local()
-
-        return distribute_module(module, device_mesh, divide, whole_input, part_of_output)
+COLUMN, ROW, COPY = Shard(0), Shard(1), Replicate()
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def split_matrices(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
     """Divide ``decoder`` over the tensor-parallel ranks, in place."""
     if mesh.tensor_size == 1:
         return
-    device_mesh = mesh.axis("tensor")
-    sequence_parallel = mesh.layout.sequence_parallel
-    stream: Placement = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
-    norm = SequenceParallel(use_local_output=True) if sequence_parallel else OnWholeInputs(Replicate())
-    plan: dict[str, ParallelStyle] = {}
+    axis = TensorAxis(mesh.axis("tensor"), mesh.layout.sequence_parallel)
+    product: Product = onednn_linear if mesh.device.type == "cpu" else F.linear
     if decoder.embedding is not None:
-        plan["embedding.tokens"] = OnWholeInputs(stream, weights=Shard(0))
-        plan["embedding.positions"] = OnWholeInputs(stream)
-    for index in decoder.layers:
-        plan.update(_layer_plan(f"layers.{index}", stream, norm))
+        _split_embedding(decoder.embedding, axis)
+    for layer in decoder.layers.values():
+        assert isinstance(layer, DecoderLayer)
+        copy_norm(layer.attention_norm, axis, axis.stream_gradient)
+        split_attention(layer.attention, decoder.config, axis, product)
+        copy_norm(layer.mlp_norm, axis, axis.stream_gradient)
+        if isinstance(layer.mlp, Mlp):
+            split_mlp(layer.mlp, axis, product)
     if decoder.head is not None:
-        plan["head.norm"] = norm
-        gathers = not decoder.config.parallel_output
-        plan["head.output"] = ColwiseParallel(
-            input_layouts=stream, output_layouts=Replicate() if gathers else Shard(-1)
-        )
-        decoder.head.loss_function = VocabularyParallelLoss(device_mesh, stream, gathers)
-    present = {name for name, _ in decoder.named_modules()}
-    parallelize_module(decoder, device_mesh, {name: plan[name] for name in plan if name in present})
-    decoder.tie_weights()  # ``parallelize_module`` gives each user of a tied matrix its own
+        copy_norm(decoder.head.norm, axis, axis.stream_gradient)
+        _split_head(decoder.head, axis, product, gathers=not decoder.config.parallel_output)
+    decoder.tie_weights()  # each user of a tied matrix got its own
 
 
-def _layer_plan(layer: str, stream: Placement, norm: ParallelStyle) -> dict[str, ParallelStyle]:
-    def gathered(arguments: int) -> PrepareModuleInput:
-        # The block works on a DTensor of the whole sequence, so that the gradients of its two or three
-        # first matrices are added before one reduction takes them back.
-        rest = (None,) * (arguments - 1)
-        return PrepareModuleInput(input_layouts=(stream, *rest), desired_input_layouts=(Replicate(), *rest))
+def distribute(module: nn.Module, axis: TensorAxis, **placements: Placement) -> None:
+    """Make the named parameters of ``module``, where it has them, DTensors on ``axis``."""
+    for name, placement in placements.items():
+        weight = getattr(module, name, None)
+        if weight is not None:
+            divided = distribute_tensor(weight, axis.mesh, [placement], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(divided, requires_grad=weight.requires_grad))
 
-    heads_dim = 1
-    head_norm = SequenceParallel(sequence_dim=heads_dim, use_local_output=True)
-    return {
-        f"{layer}.attention_norm": norm,
-        f"{layer}.attention": gathered(4),
-        f"{layer}.attention.query": ColwiseParallel(),
-        f"{layer}.attention.key": ColwiseParallel(),
-        f"{layer}.attention.value": ColwiseParallel(),
-        f"{layer}.attention.query_norm": head_norm,
-        f"{layer}.attention.key_norm": head_norm,
-        f"{layer}.attention.output": RowwiseParallel(output_layouts=stream),
-        f"{layer}.mlp_norm": norm,
-        f"{layer}.mlp": gathered(1),
-        f"{layer}.mlp.gate": ColwiseParallel(),
-        f"{layer}.mlp.up": ColwiseParallel(),
-        f"{layer}.mlp.down": RowwiseParallel(output_layouts=stream),
-    }
+
+def local_weight(weight: Tensor, gradient: Placement | None = None) -> Tensor:
+    """What this rank holds of ``weight``.
+
+    Args:
+        weight: a DTensor.
+        gradient: what the gradient that arrives here is of the weight's; ``None`` is the same part.
+            ``Partial()``: a share of the sum over ranks, which is formed once after the last
+            micro-batch.
+    """
+    assert isinstance(weight, DTensor)
+    return weight.to_local(grad_placements=None if gradient is None else [gradient])
+
+
+def copy_norm(norm: nn.Module, axis: TensorAxis, gradient: Placement) -> None:
+    """Give every rank the whole weights of ``norm``, whose gradients arrive as ``gradient``."""
+    assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
+    distribute(norm, axis, weight=COPY, bias=COPY)
+    _set_forward(norm, _norm, norm, gradient)
+
+
+def split_attention(
+    attention: Attention, config: MegatronModelConfig, axis: TensorAxis, product: Product
+) -> None:
+    """Divide the heads."""
+    distribute(attention.query, axis, weight=COLUMN, bias=COLUMN)
+    _set_forward(attention.query, _column_linear, attention.query, product)
+    heads = config.key_value_heads
+    for projection in (attention.key, attention.value):
+        if heads % axis.size == 0:
+            distribute(projection, axis, weight=COLUMN, bias=COLUMN)
+            _set_forward(projection, _column_linear, projection, product)
+        else:
+            distribute(projection, axis, weight=COPY, bias=COPY)
+            first = axis.rank * heads // axis.size * config.head_size
+            rows = slice(first, first + config.head_size)
+            _set_forward(projection, _head_linear, projection, product, rows)
+    distribute(attention.output, axis, weight=ROW, bias=COPY)
+    _set_forward(attention.output, _row_linear, attention.output, axis, product)
+    for norm in (attention.query_norm, attention.key_norm):
+        if norm is not None:
+            copy_norm(norm, axis, Partial())  # applied to other heads on each rank
+    _set_forward(attention, _on_whole_sequence, axis, attention.forward)
+
+
+def split_mlp(mlp: Mlp, axis: TensorAxis, product: Product) -> None:
+    """Divide the columns of the first matrices and the rows of the last."""
+    for linear in (mlp.gate, mlp.up):
+        if linear is not None:
+            distribute(linear, axis, weight=COLUMN, bias=COLUMN)
+            _set_forward(linear, _column_linear, linear, product)
+    distribute(mlp.down, axis, weight=ROW, bias=COPY)
+    _set_forward(mlp.down, _row_linear, mlp.down, axis, product)
+    _set_forward(mlp, _on_whole_sequence, axis, mlp.forward)
+
+
+def _split_embedding(embedding: Embedding, axis: TensorAxis) -> None:
+    distribute(embedding.tokens, axis, weight=COLUMN)
+    _set_forward(embedding.tokens, _tokens, embedding.tokens, axis)
+    if embedding.positions is not None:
+        distribute(embedding.positions, axis, weight=COPY)
+        _set_forward(embedding.positions, _positions, embedding.positions, axis)
+
+
+def _split_head(head: Head, axis: TensorAxis, product: Product, gathers: bool) -> None:
+    distribute(head.output, axis, weight=COLUMN)
+    _set_forward(head.output, _logits, head.output, axis, product, gathers)
+    head.loss_function = VocabularyParallelLoss(axis, gathers, product)
+
+
+def _set_forward(module: nn.Module, function: Callable[..., Tensor], *args: Any) -> None:
+    # The forward of the instance is replaced instead of the module: names stay.
+    module.forward = partial(function, *args)  # type: ignore[method-assign]
+
+
+def _on_whole_sequence(
+    axis: TensorAxis, forward: Callable[..., Tensor], hidden: Tensor, *args: Any
+) -> Tensor:
+    # Gathered again, where the norm's result is not kept for the backward pass.
+    return forward(result_of("normalization", axis.enter, hidden), *args)
+
+
+def _column_linear(module: nn.Linear, product: Product, inputs: Tensor) -> Tensor:
+    bias = None if module.bias is None else local_weight(module.bias)
+    return product(inputs, local_weight(module.weight), bias)
+
+
+def _head_linear(module: nn.Linear, product: Product, rows: slice, inputs: Tensor) -> Tensor:
+    """Some rows of a matrix that every rank holds whole."""
+    bias = None if module.bias is None else local_weight(module.bias, Partial())[rows]
+    return product(inputs, local_weight(module.weight, Partial())[rows], bias)
+
+
+def _row_linear(module: nn.Linear, axis: TensorAxis, product: Product, inputs: Tensor) -> Tensor:
+    output = axis.leave(product(inputs, local_weight(module.weight), None))
+    if module.bias is None:
+        return output
+    return output + local_weight(module.bias, axis.stream_gradient)  # once, after the sum
+
+
+def _norm(module: nn.LayerNorm | nn.RMSNorm, gradient: Placement, hidden: Tensor) -> Tensor:
+    weight = local_weight(module.weight, gradient)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(hidden, module.normalized_shape, weight, module.eps)
+    bias = None if module.bias is None else local_weight(module.bias, gradient)
+    return F.layer_norm(hidden, module.normalized_shape, weight, bias, module.eps)
+
+
+def _tokens(module: nn.Embedding, axis: TensorAxis, token_ids: Tensor) -> Tensor:
+    shard = local_weight(module.weight)
+    return axis.leave(look_up_tokens(token_ids, shard, axis, module.num_embeddings))
+
+
+def _positions(module: nn.Embedding, axis: TensorAxis, position_ids: Tensor) -> Tensor:
+    weight = local_weight(module.weight, axis.stream_gradient)
+    return F.embedding(axis.part_of_sequence(position_ids), weight)
+
+
+def _logits(module: nn.Linear, axis: TensorAxis, product: Product, gathers: bool, hidden: Tensor) -> Tensor:
+    logits = product(axis.enter(hidden), local_weight(module.weight), None)
+    return gather_logits(logits, axis, module.out_features) if gathers else logits
