@@ -21,13 +21,18 @@ def layout_problems(
     problems = []
     for name, count in (
         ("num_attention_heads", model.num_attention_heads),
-        ("num_key_value_heads", model.key_value_heads),
         ("intermediate_size", model.ffn_size),
     ):
         if count % tensor:
             problems.append(
                 f"layout.tensor_parallel_size is {tensor}: it must divide model.{name} ({count})."
             )
+    key_value_heads = model.key_value_heads
+    if key_value_heads % tensor and tensor % key_value_heads:
+        problems.append(
+            f"layout.tensor_parallel_size is {tensor}: it must divide model.num_key_value_heads "
+            f"({key_value_heads}) or be a multiple of it (ranks then share key and value heads)."
+        )
     if -(-model.vocab_size // tensor) * (tensor - 1) >= model.vocab_size:
         problems.append(
             f"layout.tensor_parallel_size is {tensor}: the last rank would hold none of the "

@@ -8,6 +8,7 @@ from mtnlg.config import MegatronModelConfig, PrecisionConfig, TrainingConfig
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.parallel.cpu_kernels import use_cpu_kernels
 from mtnlg.parallel.data import shard_over_replicas
+from mtnlg.parallel.dropout import separate_attention_dropout
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.parallel.pipeline import cut_stage
@@ -56,6 +57,7 @@ def _lay_out_stage(
     split_matrices(decoder, mesh)
     if mesh.device.type == "cpu":
         use_cpu_kernels(decoder, is_divided=mesh.tensor_size > 1)
+    separate_attention_dropout(decoder, mesh)
     recompute_activations(decoder, switches)
     if switches.compile:
         compile_layers(decoder)
