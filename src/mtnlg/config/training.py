@@ -263,8 +263,8 @@ class TrainingConfig:
             ``full``, whole layers.
         recomputed_operators: any of ``attention``, ``normalization``, ``activation``, ``linear``.
         activation_memory_budget: share of the activations of a run without recomputation that may be
-            kept, in [0, 1].
-        activation_offload: keep what waits for the backward pass in the CPU's memory.
+            kept, in [0, 1]; 0 keeps as little as ``full``.
+        activation_offload: keep what waits for the backward pass in the CPU's memory (GPUs only).
         max_skipped_steps: consecutive steps with non-finite gradients before training gives up.
         deterministic: use torch's deterministic kernels.
     """
@@ -284,4 +284,42 @@ class TrainingConfig:
         problems += _out_of_range("training", self, "num_threads", "max_skipped_steps")
         if self.device not in (None, "cpu", "cuda"):
             problems.append(f"training.device is {self.device!r}: choose one of cpu, cuda.")
+        problems += self._recomputation_problems()
         _require(problems)
+
+    def check_device(self, device_type: str) -> None:
+        """Refuse what the device that was found cannot do.
+
+        Args:
+            device_type: ``cpu`` or ``cuda``.
+
+        Raises:
+            ConfigError: activations are to be moved to the CPU's memory from the CPU.
+        """
+        if self.activation_offload and device_type == "cpu":
+            raise ConfigError(
+                "training.activation_offload is true: activations of a run on the CPU are in the CPU's "
+                "memory already. Switch it off, or use activation_recomputation to keep fewer of them."
+            )
+
+    def _recomputation_problems(self) -> list[str]:
+        what, problems = self.activation_recomputation, []
+        unknown = [name for name in self.recomputed_operators if name not in RECOMPUTED_OPERATORS]
+        if unknown or (what == "operators" and not self.recomputed_operators):
+            problems.append(
+                f"training.recomputed_operators is {self.recomputed_operators}: name some of "
+                f"{', '.join(RECOMPUTED_OPERATORS)}."
+            )
+        if not 0.0 <= self.activation_memory_budget <= 1.0:
+            problems.append(
+                f"training.activation_memory_budget is {self.activation_memory_budget}: it must be in "
+                "[0, 1]."
+            )
+        if self.compile and (what in ("operators", "budget") or self.activation_offload):
+            setting = "activation_offload: true" if self.activation_offload else what
+            problems.append(
+                f"training.compile does not go with {setting}: the compiler decides by itself what a "
+                "compiled layer keeps. Use activation_recomputation none, selective or full with it, or "
+                "compile: false."
+            )
+        return problems

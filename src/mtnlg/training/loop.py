@@ -49,6 +49,7 @@ def train(
     """
     join_slurm()
     device_type = choose_device(config.training.device)
+    config.training.check_device(device_type)
     layout = resolve_layout(config.layout, device_type)
     replace(config, layout=layout)  # validates batch sizes against the real replicas
     if ranks_present() is not None and layout.num_ranks > 1:
