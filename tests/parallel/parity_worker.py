@@ -17,7 +17,7 @@ STEPS = 3
 # AdamW divides each gradient by its own size, so with its usual epsilon an element whose true gradient
 # is zero would be stepped by the sign of its rounding error. This one is as large as the larger
 # gradients: the step is a smooth function of the gradient, and an error of it stays an error of its size.
-OPTIMIZER = OptimizerConfig(learning_rate=0.02, epsilon=0.03, clip_grad_norm=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=0.1, epsilon=0.03, clip_grad_norm=0.5)
 
 
 def run_case(
@@ -73,7 +73,7 @@ def count_valid(batches: list[list[Batch]]) -> int:
 
 
 def whole_weights(model: ParallelModel) -> dict[str, Any]:
-    return {name: array(parameter) for name, parameter in model.named_parameters()}
+    return {name: array(weight) for name, weight in model.state_dict().items()}
 
 
 def array(tensor: Any) -> Any:
