@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtnlg.config.errors import ConfigError
+from mtnlg.config.pipeline_notation import notation_problem, parse_stages
 
 PIPELINE_SCHEDULES = (
     "gpipe",
@@ -44,11 +45,11 @@ class LayoutConfig:
             the other settings allow it.
         pipeline_schedule: ``gpipe``, ``1f1b``, ``interleaved_1f1b``, ``looped_bfs``,
             ``interleaved_zero_bubble``, ``zbv`` or ``dualpipev``.
-        stages_per_rank: stages that each pipeline rank runs; ``None`` is 2 for the schedules that need
-            several (interleaved, looped, V-shaped) and 1 for the others.
+        stages_per_rank: stages that each pipeline rank runs; ``None`` is what ``pipeline_layout`` has,
+            or 2, for the schedules of several (interleaved, looped, V-shaped) and 1 for the others.
         pipeline_layout: which layers each stage runs: ``None`` balances computed cost; a list of
             numbers of layers, one for each stage; or a string in Megatron's notation such as
-            ``Et*3|(tt|)*29,m|L`` (E embedding, t layer, L loss, | next stage).
+            ``Et*3|(tt|)*28,ttL`` (E embedding, t layer, L loss, | next stage).
         data_parallel_sharding: what is divided over the replicas besides the data. ``ddp``: nothing.
             ``zero1``: optimizer state. ``zero2``: also gradients. ``zero3``: also parameters.
             ``hybrid``: as ``zero3`` within groups of ``data_parallel_shard_size``, copied over groups.
@@ -95,6 +96,7 @@ class LayoutConfig:
             if getattr(self, name) not in valid:
                 listed = ", ".join(str(choice) for choice in valid if choice)
                 problems.append(f"layout.{name} is {getattr(self, name)!r}: choose one of {listed}.")
+        problems += _pipeline_layout_problems(self.pipeline_layout)
         if problems:
             raise ConfigError(problems)
 
@@ -113,8 +115,19 @@ class LayoutConfig:
         """Stages that each pipeline rank runs."""
         if self.pipeline_parallel_size == 1:
             return 1
-        several = self.pipeline_schedule in V_SCHEDULES + LOOPED_SCHEDULES
-        return self.stages_per_rank or (2 if several else 1)
+        if self.pipeline_schedule in V_SCHEDULES:
+            return self.stages_per_rank or 2
+        if self.pipeline_schedule not in LOOPED_SCHEDULES:
+            return self.stages_per_rank or 1
+        described = self._num_described_stages // self.pipeline_parallel_size
+        return self.stages_per_rank or described or 2
+
+    @property
+    def _num_described_stages(self) -> int:
+        """Stages that ``pipeline_layout`` describes; 0 where it is ``None``."""
+        if isinstance(self.pipeline_layout, str):
+            return len(parse_stages(self.pipeline_layout))
+        return len(self.pipeline_layout or ())
 
     @property
     def num_stages(self) -> int:
@@ -141,3 +154,22 @@ class LayoutConfig:
         if self.pipeline_schedule in V_SCHEDULES and size > 1:
             return [pipeline_rank, 2 * size - 1 - pipeline_rank]
         return [pipeline_rank + size * chunk for chunk in range(self.num_chunks)]
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The pipeline rank that runs ``stage``."""
+        size = self.pipeline_parallel_size
+        is_on_way_back = self.pipeline_schedule in V_SCHEDULES and stage >= size
+        return 2 * size - 1 - stage if is_on_way_back else stage % size
+
+
+def _pipeline_layout_problems(stated: str | list[int] | None) -> list[str]:
+    """What is wrong with ``pipeline_layout`` whatever the model."""
+    if isinstance(stated, str):
+        problem = notation_problem(stated)
+        return [] if problem is None else [problem]
+    if stated is not None and (not stated or min(stated) < 0):
+        return [
+            f"layout.pipeline_layout is {stated}: it must be the number of layers of each stage, such as "
+            "[3, 4, 4, 3]."
+        ]
+    return []

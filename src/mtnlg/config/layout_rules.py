@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from mtnlg.config.context_rules import context_problems
+from mtnlg.config.expert_rules import expert_layout_problems, has_dense_layers
 from mtnlg.config.layout import LayoutConfig
 from mtnlg.config.model import MegatronModelConfig
+from mtnlg.config.pipeline_rules import pipeline_problems
+from mtnlg.config.training import PrecisionConfig, TrainingConfig
 
 
 def layout_problems(
-    layout: LayoutConfig, model: MegatronModelConfig, sequence_length: int, micro_batches: int
+    layout: LayoutConfig,
+    model: MegatronModelConfig,
+    sequence_length: int,
+    micro_batches: int,
+    training: TrainingConfig | None = None,
+    precision: PrecisionConfig | None = None,
 ) -> list[str]:
     """Every reason why ``layout`` does not fit ``model``; empty when it fits.
 
@@ -16,13 +25,14 @@ def layout_problems(
         model: the architecture to be divided.
         sequence_length: tokens of one sample.
         micro_batches: micro-batches each replica runs in one step.
+        training: the engine's switches; ``None`` is the defaults.
+        precision: number formats; ``None`` is the defaults.
     """
-    tensor, pipeline = layout.tensor_parallel_size, layout.pipeline_parallel_size
+    tensor = layout.tensor_parallel_size
     problems = []
-    for name, count in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("intermediate_size", model.ffn_size),
-    ):
+    sizes = [("num_attention_heads", model.num_attention_heads)]
+    sizes += [("intermediate_size", model.ffn_size)] if has_dense_layers(model) else []
+    for name, count in sizes:
         if count % tensor:
             problems.append(
                 f"layout.tensor_parallel_size is {tensor}: it must divide model.{name} ({count})."
@@ -43,16 +53,7 @@ def layout_problems(
             f"data.sequence_length is {sequence_length}: with layout.sequence_parallel it must be "
             f"divisible by layout.tensor_parallel_size ({tensor})."
         )
-    if pipeline > model.num_hidden_layers:
-        problems.append(
-            f"layout.pipeline_parallel_size is {pipeline}: more stages than "
-            f"model.num_hidden_layers ({model.num_hidden_layers})."
-        )
-    if layout.pipeline_schedule == "1f1b" and pipeline > 1 and micro_batches < pipeline:
-        problems.append(
-            f"layout.pipeline_parallel_size is {pipeline}: each replica needs at least as many "
-            f"micro-batches a step as stages, and has {micro_batches}; raise "
-            "batch.global_batch_size, lower batch.micro_batch_size, or use "
-            "layout.pipeline_schedule: gpipe."
-        )
+    problems += context_problems(layout, model, sequence_length)
+    problems += expert_layout_problems(layout, model)
+    problems += pipeline_problems(layout, model, micro_batches, training or TrainingConfig())
     return problems

@@ -21,7 +21,7 @@ from mtnlg.config.presets import preset_fields
 from mtnlg.config.run import RunConfig, cross_section_problems
 from mtnlg.config.yaml_text import parse_value, parse_yaml
 
-_CROSS_SECTIONS = ("model", "data", "layout", "batch")
+_CROSS_SECTIONS = ("model", "data", "layout", "batch", "training", "precision")
 
 
 def load_run_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -67,7 +67,9 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        problems = cross_section_problems(self.model, self.data, self.layout, self.batch)
+        problems = cross_section_problems(
+            self.model, self.data, self.layout, self.batch, self.training, self.precision
+        )
         if problems:
             raise ConfigError(problems)
 
@@ -77,7 +79,12 @@ class RunConfig:
 
 
 def cross_section_problems(
-    model: MegatronModelConfig, data: DataConfig, layout: LayoutConfig, batch: BatchConfig
+    model: MegatronModelConfig,
+    data: DataConfig,
+    layout: LayoutConfig,
+    batch: BatchConfig,
+    training: TrainingConfig | None = None,
+    precision: PrecisionConfig | None = None,
 ) -> list[str]:
     """Every rule between sections that is broken."""
     problems = []
@@ -95,7 +102,7 @@ def cross_section_problems(
                 f"batch.{name} is {size}: it must be a multiple of micro_batch_size "
                 f"({batch.micro_batch_size}) times layout.data_parallel_size ({replicas})."
             )
-    # Steps of a ramp may have fewer micro-batches than stages: they run as GPipe.
+    # Steps of a ramp may have other numbers of micro-batches: they run a schedule that takes any.
     micro_batches = max(1, batch.global_batch_size // (batch.micro_batch_size * replicas))
-    problems += layout_problems(layout, model, length, micro_batches)
+    problems += layout_problems(layout, model, length, micro_batches, training, precision)
     return problems

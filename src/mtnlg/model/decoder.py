@@ -90,7 +90,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = make_norm(config)
         self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.loss_function: Callable[[Tensor, Tensor, Tensor], Tensor] = summed_cross_entropy
+        self.loss_function: Callable[..., Tensor] = summed_cross_entropy
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> DecoderOutput:
         """[batch, sequence, hidden] → logits [batch, sequence, vocab], or the summed loss."""

@@ -7,7 +7,7 @@ forgets its logits. Memory is one chunk of logits instead of [tokens, vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -100,13 +100,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        scale, gradients = output_gradients[0], ctx.saved_tensors
-        if ctx.runs_once:
-            # Scaled in place: torch refuses a second pass through changed tensors instead of erring.
-            gradients = [gradient.mul_(scale) for gradient in gradients]
-        else:
-            gradients = [gradient * scale for gradient in gradients]
-        return (*gradients, None, None, None, None)
+        return (*scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once), *[None] * 4)
+
+
+def scaled(gradients: Iterable[Tensor], factor: Tensor, in_place: bool) -> list[Tensor]:
+    """``gradients`` times ``factor``.
+
+    In place, torch refuses a second pass through the changed tensors instead of erring.
+    """
+    return [gradient.mul_(factor) if in_place else gradient * factor for gradient in gradients]
 
 
 def loss_and_logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

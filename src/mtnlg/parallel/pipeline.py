@@ -1,33 +1,58 @@
 """Pipeline parallelism: which layers each stage runs, and the schedule that runs them.
 
-The schedules (1F1B, Narayanan et al. 2021, arXiv 2104.04473; GPipe, Huang et al. 2019) are torch's.
+The schedules are torch's: GPipe (Huang et al. 2019, arXiv 1811.06965), 1F1B and interleaved 1F1B
+(Narayanan et al. 2021, arXiv 2104.04473), looped breadth-first (Lamy-Poirier 2022, arXiv 2211.05953),
+interleaved zero bubble and ZBV (Qi et al. 2023, arXiv 2401.10241), and DualPipeV (after DeepSeek-V3,
+arXiv 2412.19437).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 from mtnlg.config import LayoutConfig, MegatronModelConfig
 from mtnlg.config.division import layers_of_stages
+from mtnlg.config.layout import LOOPED_SCHEDULES
+from mtnlg.config.pipeline_rules import takes
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.stage import Stage
 from mtnlg.tokens.batch import Batch
 
-_SCHEDULES: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+_ONE_STAGE: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+_SEVERAL_STAGES: dict[str, type[PipelineScheduleMulti]] = {
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "looped_bfs": ScheduleLoopedBFS,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
 
 
 def cut_stage(decoder: MegatronLmDecoder, layout: LayoutConfig, number: int) -> None:
     """Leave in ``decoder`` only what the stage ``number`` runs; no parameter changes its name."""
     config: MegatronModelConfig = decoder.config
-    mine = layers_of_stages(config, layout.num_stages)[number]
+    mine = layers_of_stages(config, layout)[number]
     for index in range(config.num_hidden_layers):
         if index not in mine:
             del decoder.layers[str(index)]
@@ -35,6 +60,48 @@ def cut_stage(decoder: MegatronLmDecoder, layout: LayoutConfig, number: int) -> 
         decoder.embedding = None
     if number < layout.num_stages - 1:
         decoder.head = None
+
+
+def keep_loss_for_two_passes(decoder: MegatronLmDecoder) -> None:
+    """Let the loss keep its gradients for schedules that go back twice: for inputs and for weights."""
+    if decoder.head is not None:
+        decoder.head.loss_function = partial(decoder.head.loss_function, runs_once=False)
+
+
+def check_division(stages: Sequence[Stage], config: MegatronModelConfig, mesh: Mesh) -> None:
+    """Make sure that the pipeline as a whole has built every layer and both ends exactly once.
+
+    Every rank calls this.
+
+    Raises:
+        AssertionError: naming what was dropped or doubled.
+    """
+    parts = [*(f"layer {index}" for index in range(config.num_hidden_layers)), "embedding", "head"]
+    built = torch.zeros(len(parts), dtype=torch.int64, device=mesh.device)
+    for stage in stages:
+        for index in stage.decoder.layers:
+            built[int(index)] += 1
+        built[-2] += stage.decoder.embedding is not None
+        built[-1] += stage.decoder.head is not None
+    if mesh.pipeline_size > 1:
+        dist.all_reduce(built, group=mesh.axis("pipeline").get_group())
+    wrong = [f"{part} {count} times" for part, count in zip(parts, built.tolist()) if count != 1]
+    if wrong:
+        raise AssertionError(f"The stages of the pipeline have built {', '.join(wrong)}, not once.")
+
+
+def schedule_for(layout: LayoutConfig, count: int) -> str:
+    """The schedule that runs ``count`` micro-batches: the layout's, or one that takes so few.
+
+    Steps of a batch-size ramp may have fewer micro-batches than the schedule needs. Another one with the
+    same stages on the same ranks then runs them; with so few it holds no more activations.
+    """
+    schedule = layout.pipeline_schedule
+    if takes(layout, count):
+        return schedule
+    if schedule in _ONE_STAGE:
+        return "gpipe"
+    return "looped_bfs" if schedule in LOOPED_SCHEDULES else "zbv"
 
 
 class Pipeline:
@@ -50,19 +117,19 @@ class Pipeline:
     def __init__(
         self, stages: Sequence[Stage], mesh: Mesh, hidden_size: int, dtype: torch.dtype | None = None
     ) -> None:
-        (self.stage,) = stages
+        self.stages = list(stages)
         self.mesh = mesh
         self.hidden_size = hidden_size
         self.dtype = dtype or torch.float32
         self.group = mesh.axis("pipeline").get_group()
-        self._schedules: dict[tuple[int, int, int], PipelineScheduleSingle] = {}
+        self._schedules: dict[tuple[int, int, int], Schedule] = {}
         self._factor = torch.ones((), device=mesh.device)
 
     def forward_backward(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         """Run all micro-batches forward and backward; the loss is multiplied by ``factor``.
 
         Returns:
-            The summed loss without the factor; zero on stages before the last.
+            The summed loss without the factor; zero on ranks without the last stage.
         """
         rows, columns = batches[0].input_ids.shape
         schedule = self._schedule(len(batches), rows, columns)
@@ -79,19 +146,36 @@ class Pipeline:
         return torch.zeros((), device=self.mesh.device)
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """Forward only: the summed loss on the last stage, zero before it."""
-        mesh = self.mesh
-        rows, columns = batch.input_ids.shape
-        inputs = batch.input_ids
-        if not mesh.has_first_stage:
-            inputs = self._empty_hidden(rows, columns)
-            dist.recv(inputs, group=self.group, group_src=mesh.pipeline_rank - 1)
-        labels = batch.labels if mesh.has_last_stage else None
-        output = self.stage(inputs, labels, batch.position_ids, batch.document_ids)
-        if mesh.has_last_stage:
-            return output
-        dist.send(output.contiguous(), group=self.group, group_dst=mesh.pipeline_rank + 1)
-        return torch.zeros((), device=mesh.device)
+        """Forward only: the summed loss on the rank of the last stage, zero elsewhere.
+
+        Whatever the schedule, ranks take their stages in the order of the model.
+        """
+        total = torch.zeros((), device=self.mesh.device)
+        passed: Tensor | None = None  # from one stage of this rank straight to the next
+        for stage in self.stages:
+            inputs = self._input_of(stage.number, batch) if passed is None else passed
+            is_last = stage.number == self.mesh.num_stages - 1
+            labels = batch.labels if is_last else None
+            output = stage(inputs, labels, batch.position_ids, batch.document_ids)
+            passed = None
+            if is_last:
+                total = output
+            elif (next_rank := self._rank_of(stage.number + 1)) == self.mesh.pipeline_rank:
+                passed = output
+            else:
+                dist.send(output.contiguous(), group=self.group, group_dst=next_rank)
+        return total
+
+    def _input_of(self, number: int, batch: Batch) -> Tensor:
+        """Token ids for the first stage, the hidden states of the stage before for any other."""
+        if number == 0:
+            return batch.input_ids
+        hidden = self._empty_hidden(*batch.input_ids.shape)
+        dist.recv(hidden, group=self.group, group_src=self._rank_of(number - 1))
+        return hidden
+
+    def _rank_of(self, number: int) -> int:
+        return self.mesh.layout.rank_of_stage(number)
 
     def _empty_hidden(self, rows: int, columns: int) -> Tensor:
         """Room for hidden states that cross from stage to stage: [batch, sequence / shards, hidden]."""
@@ -99,33 +183,36 @@ class Pipeline:
         shape = (rows, columns // shards, self.hidden_size)
         return torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
 
-    def _schedule(self, count: int, rows: int, columns: int) -> PipelineScheduleSingle:
+    def _schedule(self, count: int, rows: int, columns: int) -> Schedule:
         key = (count, rows, columns)
         if key not in self._schedules:
             # Batch-size ramps change the count: keep only what the present one needs.
             self._schedules = {key: self._make_schedule(count, rows, columns)}
         return self._schedules[key]
 
-    def _make_schedule(self, count: int, rows: int, columns: int) -> PipelineScheduleSingle:
+    def _make_schedule(self, count: int, rows: int, columns: int) -> Schedule:
+        name = schedule_for(self.mesh.layout, count)
+        stages: list[_PipelineStageBase] = [self._make_stage(stage, rows, columns) for stage in self.stages]
+        # ``scale_grads=False``: the factor is the only owner of gradient scale.
+        if name in _ONE_STAGE:
+            return _ONE_STAGE[name](stages[0], count, loss_fn=self._scaled_loss, scale_grads=False)
+        return _SEVERAL_STAGES[name](stages, count, loss_fn=self._scaled_loss, scale_grads=False)
+
+    def _make_stage(self, stage: Stage, rows: int, columns: int) -> PipelineStage:
         mesh = self.mesh
         hidden = self._empty_hidden(rows, columns).requires_grad_()
         ids = torch.empty(rows, columns, dtype=torch.long, device=mesh.device)
         loss = torch.empty((), device=mesh.device, requires_grad=True)
         # Shapes are given: torch would otherwise run the first micro-batch once more to learn them.
-        stage = PipelineStage(
-            self.stage,
-            mesh.pipeline_rank,
+        return PipelineStage(
+            stage,
+            stage.number,
             mesh.num_stages,
             mesh.device,
-            input_args=ids if mesh.has_first_stage else hidden,
-            output_args=loss if mesh.has_last_stage else hidden,
+            input_args=ids if stage.number == 0 else hidden,
+            output_args=loss if stage.number == mesh.num_stages - 1 else hidden,
             group=self.group,
         )
-        # torch's 1F1B wants a micro-batch for each stage. With fewer (in a batch-size ramp) GPipe holds
-        # no more of them than 1F1B would.
-        kind = ScheduleGPipe if count < mesh.num_stages else _SCHEDULES[mesh.layout.pipeline_schedule]
-        # ``scale_grads=False``: the factor is the only owner of gradient scale.
-        return kind(stage, count, loss_fn=self._scaled_loss, scale_grads=False)
 
     def _scaled_loss(self, output: Tensor, target: Tensor) -> Tensor:
         return output * self._factor

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mtnlg.model import IGNORED_LABEL
-from mtnlg.model.loss import loss_and_logit_gradient, tokens_per_chunk
+from mtnlg.model.loss import loss_and_logit_gradient, scaled, tokens_per_chunk
 from mtnlg.parallel.exchange import TensorAxis, all_gather, all_reduce
 
 BLOCK_BYTES = 2**22  # logits that stay in a processor's cache between the passes over them
@@ -37,8 +37,10 @@ class VocabularyParallelLoss:
         self.gathers = gathers
         self.product = product
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, runs_once: bool = True) -> Tensor:
         """Hidden [batch, sequence or its part, hidden], weight [vocab, hidden], labels [batch, sequence].
+
+        With ``runs_once`` the backward pass runs at most once, and uses up what it keeps.
 
         Returns:
             A float32 scalar, the same on all ranks of the axis.
@@ -48,7 +50,7 @@ class VocabularyParallelLoss:
         tokens = self.axis.enter(hidden).flatten(0, -2)
         shards = _Shards(self.axis, weight.shape[0])
         return _SplitCrossEntropy.apply(
-            tokens, weight.to_local(), labels.flatten(), shards, self.gathers, self.product
+            tokens, weight.to_local(), labels.flatten(), shards, self.gathers, self.product, runs_once
         )
 
 
@@ -105,7 +107,9 @@ class _SplitCrossEntropy(torch.autograd.Function):
         shards: _Shards,
         gathers: bool,
         product: Callable[..., Tensor],
+        runs_once: bool,
     ) -> Tensor:
+        ctx.runs_once = runs_once
         total, *gradients = _loss_and_gradients(
             tokens, weight, targets, shards, gathers, product, with_gradients=any(ctx.needs_input_grad)
         )
@@ -114,9 +118,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # Scaled in place: torch refuses a second pass through changed tensors instead of erring.
-        scaled = [gradient.mul_(output_gradients[0]) for gradient in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
+        return (*scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once), *[None] * 5)
 
 
 def _loss_and_gradients(
