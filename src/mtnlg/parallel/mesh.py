@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtnlg.config import ConfigError, LayoutConfig
+from mtnlg.config.expert_rules import sharing_problems
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 WEIGHT_AXES = ("weight_pipeline", "weight_copy", "weight_part", "weight_tensor")
@@ -206,6 +207,8 @@ def resolve_layout(layout: LayoutConfig, device_type: str) -> LayoutConfig:
                 f"{model_parallel}: it must divide the {available} ranks or devices present."
             )
         layout = replace(layout, data_parallel_size=available // model_parallel)
+    if problems := sharing_problems(layout):
+        raise ConfigError(problems)
     if present is not None and present != layout.num_ranks:
         raise ConfigError(
             f"layout: {layout.num_ranks} ranks are asked for (tensor {layout.tensor_parallel_size} x "
