@@ -33,7 +33,16 @@ LLAMA = dict(
     qk_normalization=True,
     init_method_std=0.2,
 )
-FAMILIES = {"gpt": GPT, "llama": LLAMA}
+MOE = LLAMA | dict(
+    num_hidden_layers=4,
+    moe_intermediate_size=12,
+    num_experts=4,
+    num_shared_experts=1,
+    num_dense_layers_first=1,
+    router_aux_loss_coefficient=0.05,
+    router_z_loss_coefficient=0.01,
+)
+FAMILIES = {"gpt": GPT, "llama": LLAMA, "moe": MOE}
 SEVEN = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]  # tp, pp, dp
 BOUND = 1e-5  # float32: largest gradient difference over the largest gradient
 # Beside one process in float32. bf16 keeps 8 bits of a number and fp16 11.
