@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 
 from mtnlg.config import MegatronModelConfig, PrecisionConfig, TrainingConfig
+from mtnlg.config.pipeline_rules import splits_backward
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.parallel.context import share_context
 from mtnlg.parallel.cpu_kernels import use_cpu_kernels
 from mtnlg.parallel.data import shard_over_replicas
 from mtnlg.parallel.dropout import separate_attention_dropout
+from mtnlg.parallel.expert import divide_experts
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
-from mtnlg.parallel.pipeline import cut_stage
-from mtnlg.parallel.recompute import compile_layers, recompute_activations
+from mtnlg.parallel.pipeline import check_division, cut_stage, keep_loss_for_two_passes
+from mtnlg.parallel.recompute import recompute_activations
 from mtnlg.parallel.stage import Stage
 from mtnlg.parallel.tensor import split_matrices
 from mtnlg.parallel.weights import initialize
@@ -35,7 +38,9 @@ def lay_out(
         switches: recomputation, offloading and compilation; ``None`` is none of them.
     """
     precision, switches = precision or PrecisionConfig(), switches or TrainingConfig()
+    switches.check_device(mesh.device.type)
     stages = [_lay_out_stage(config, mesh, number, precision, switches) for number in mesh.stages]
+    check_division(stages, config, mesh)
     for stage in stages:
         stage.to_empty(device=mesh.device)
         stage.decoder.tie_weights()  # ``to_empty`` gives a shared parameter two memories
@@ -56,12 +61,14 @@ def _lay_out_stage(
     cut_stage(decoder, mesh.layout, number)
     split_matrices(decoder, mesh)
     if mesh.device.type == "cpu":
-        use_cpu_kernels(decoder, is_divided=mesh.tensor_size > 1)
+        use_cpu_kernels(decoder, is_divided=mesh.tensor_size > 1, runs_once=not splits_backward(mesh.layout))
+    if splits_backward(mesh.layout):
+        keep_loss_for_two_passes(decoder)
+    divide_experts(decoder, mesh)
+    share_context(decoder, mesh)
     separate_attention_dropout(decoder, mesh)
-    recompute_activations(decoder, switches)
-    if switches.compile:
-        compile_layers(decoder)
+    recompute_activations(decoder, switches, mesh.device)
     shards = mesh.tensor_size if mesh.layout.sequence_parallel else 1
-    stage = Stage(decoder, number, sequence_shards=shards)
+    stage = Stage(decoder, number, shards, shares_context=mesh.context_size > 1)
     shard_over_replicas(stage, mesh, precision)
     return stage

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE_QUERIES = 256
+TILE_QUERIES = 128
 TILE_KEYS = 1024
 _SEEDS = 2**62
 
@@ -215,18 +215,23 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _uses_flash(query: Tensor, seen: Visibility) -> bool:
-    """Whether torch's FlashAttention for GPUs, which returns the log-sum-exp, covers the block."""
-    is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
-    plain = seen.documents is None and seen.dropout == 0.0
-    size = query.shape[-1]
-    return query.device.type == "cuda" and is_16_bit and plain and size <= 256 and size % 8 == 0
+    """Whether torch's FlashAttention, which returns the log-sum-exp, covers the block."""
+    if seen.documents is not None or seen.dropout > 0.0:
+        return False
+    if query.device.type == "cpu":
+        return True
+    is_16_bit, size = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return query.device.type == "cuda" and is_16_bit and size <= 256 and size % 8 == 0
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     repeats = query.shape[1] // key.shape[1]
     key, value = (item.repeat_interleave(repeats, dim=1) for item in (key, value))
-    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal)
-    return found[0].float(), found[1]
+    function = torch.ops.aten._scaled_dot_product_flash_attention
+    if query.device.type == "cpu":
+        function = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, logsumexp = function(query, key, value, 0.0, causal)[:2]
+    return output.to(_sum_dtype(query)), logsumexp
 
 
 def _flash_backward(
@@ -240,22 +245,16 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, repeats = key.shape[1], query.shape[1] // key.shape[1]
     wide_key, wide_value = (item.repeat_interleave(repeats, dim=1) for item in (key, value))
-    no_randomness = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    by_query, by_key, by_value = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        gradient.to(query.dtype),
-        query,
-        wide_key,
-        wide_value,
-        output.to(query.dtype),
-        logsumexp.contiguous(),
-        None,
-        None,
-        query.shape[2],
-        key.shape[2],
-        0.0,
-        causal,
-        no_randomness,
-        no_randomness.new_empty(()),
-    )
-    by_key, by_value = (item.float().unflatten(1, (groups, repeats)).sum(2) for item in (by_key, by_value))
-    return by_query.float(), by_key, by_value
+    merged = output.to(query.dtype), logsumexp.contiguous()
+    tensors = gradient.to(query.dtype), query, wide_key, wide_value, *merged
+    if query.device.type == "cpu":
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        by_query, *rest = backward(*tensors, 0.0, causal)
+    else:
+        # No packed sequences, and no dropout whose random numbers would have to be drawn again.
+        lengths, state = (None, None, query.shape[2], key.shape[2]), query.new_zeros(2, dtype=torch.uint64)
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        by_query, *rest = backward(*tensors, *lengths, 0.0, causal, state, state.new_empty(()))
+    dtype = _sum_dtype(query)
+    by_key, by_value = (item.to(dtype).unflatten(1, (groups, repeats)).sum(2) for item in rest)
+    return by_query.to(dtype), by_key, by_value
