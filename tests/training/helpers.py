@@ -31,7 +31,7 @@ from mtnlg.training import (
     TrainingCallback,
     TrainResult,
     ValidationMetrics,
-    checkpoints,
+    tensor_files,
     train_on_rank,
 )
 from mtnlg.training.trainer import Trainer
@@ -118,15 +118,15 @@ def train_with_full_disk(config: RunConfig, rank: int) -> str:
     def write_data(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    original = checkpoints._Writer.write_data
+    original = tensor_files.TensorWriter.write_data
     if mesh.rank == rank:
-        checkpoints._Writer.write_data = write_data
+        tensor_files.TensorWriter.write_data = write_data
     try:
         train_on_rank(config, mesh)
     except TrainingError as error:
         return str(error)
     finally:
-        checkpoints._Writer.write_data = original
+        tensor_files.TensorWriter.write_data = original
     return ""
 
 
@@ -135,7 +135,7 @@ def load_and_save(config: RunConfig, run_dir: str) -> None:
     trainer = Trainer(config, build_mesh(config.layout))
     trainer.config = replace(config, run_dir=run_dir)
     trainer._saved = (-1, 0.0)
-    trainer._save()
+    trainer._save(is_last=True)
 
 
 def metrics_lines(config: RunConfig, kind: str = "train") -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from tests.training.helpers import Recorder, small_config, train_here
 
 from mtnlg.config import CheckpointConfig, CheckpointError, StopConfig, TrainingError
 from mtnlg.training import checkpoint_files as files
-from mtnlg.training import checkpoints
+from mtnlg.training import tensor_files
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_weights_of_another_model_are_refused_by_name(config):
 
 def full_disk_from(step: int, monkeypatch) -> None:
     """Let every write of tensors from ``step`` on fail half-way, as on a full disk."""
-    original = checkpoints._Writer.write_data
+    original = tensor_files.TensorWriter.write_data
 
     def write_data(self, plan, planner):
         if f"step-{step:08d}" in str(self.path):
@@ -155,7 +155,7 @@ def full_disk_from(step: int, monkeypatch) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(self, plan, planner)
 
-    monkeypatch.setattr(checkpoints._Writer, "write_data", write_data)
+    monkeypatch.setattr(tensor_files.TensorWriter, "write_data", write_data)
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_checkpoints_by_minutes(tmp_path):
 
 
 def test_files_split_by_size_load_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "FILE_BYTES", 4096)
+    monkeypatch.setattr(tensor_files, "FILE_BYTES", 4096)
     config = small_config(tmp_path, stop=StopConfig(steps=2))
     train_here(config)
     assert len(list((folder(config, 2) / "weights").iterdir())) > 3

@@ -85,6 +85,7 @@ def test_killed_run_resumes_bit_identically(tmp_path, precision, optimizer):
         tmp_path,
         precision=PrecisionConfig(precision, loss_scale_window=2),
         optimizer=OptimizerConfig(optimizer, learning_rate=3e-3),
+        checkpoint=CheckpointConfig(2, keep_last=100, asynchronous=False),  # complete when it is killed
     )
     undisturbed = elsewhere(config, tmp_path / "undisturbed")
     train_here(undisturbed)

@@ -174,5 +174,10 @@ def prune(run_dir: str | Path, keep_last: int, keep_every: int, keep: Sequence[P
         step = step_of(path) or 0
         if path not in keep and not (keep_every and step % keep_every == 0):
             shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(run_dir)
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Delete folders that were left half written by a crash."""
     for leftover in checkpoints_dir(run_dir).glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -6,7 +6,6 @@ it holds, and a rank of any other layout reads the parts it needs.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -22,21 +21,24 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan
 
 from mtnlg.config import CheckpointError, TrainingError
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.training import checkpoint_files as files
-
-FILE_BYTES = 2**30  # tensors of one file: what is held twice in memory while it is written
+from mtnlg.training.tensor_files import TensorWriter
 
 TensorsByName = dict[str, Tensor]
 
 
 def save_checkpoint(
-    run_dir: str | Path, step: int, parts: dict[str, TensorsByName], state: dict[str, Any], mesh: Mesh
+    run_dir: str | Path,
+    step: int,
+    parts: dict[str, TensorsByName],
+    state: dict[str, Any],
+    mesh: Mesh,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write one checkpoint and point ``latest`` to it; every rank calls this.
 
@@ -46,6 +48,8 @@ def save_checkpoint(
         parts: ``weights`` and ``optimizer``: this rank's tensors (DTensors where divided) by name.
         state: what goes into ``state.json``.
         mesh: this rank's place.
+        group: for messages between ranks; ``None`` is the group of all training messages, which no
+            other thread may be using.
 
     Returns:
         The checkpoint's folder.
@@ -57,11 +61,14 @@ def save_checkpoint(
     folder = files.checkpoints_dir(run_dir)
     temporary = folder / f"{files.TEMPORARY_PREFIX}{files.checkpoint_name(step)}"
     final = folder / files.checkpoint_name(step)
+    entries: dict[str, dict[str, Any]] = {}
     try:
-        _together(mesh, lambda: _begin(temporary), main_only=True)
+        _together(mesh, group, lambda: _begin(temporary), main_only=True)
         for part, tensors in parts.items():
-            _together(mesh, partial(_write, temporary / part, tensors, mesh))
-        _together(mesh, lambda: _finish(temporary, final, state), main_only=True)
+            write = partial(_write, temporary, part, tensors, mesh, group)
+            for written in _together(mesh, group, write):
+                entries.update(written or {})
+        _together(mesh, group, lambda: _finish(temporary, final, state, entries), main_only=True)
     except OSError as error:
         if mesh.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -117,29 +124,6 @@ def newest_good_checkpoint(run_dir: str | Path, mesh: Mesh, warn: Callable[[str]
     return None
 
 
-class _Writer(HuggingFaceStorageWriter):
-    """torch's writer, splitting each rank's tensors into files of ``FILE_BYTES``.
-
-    The split is by the plan of each rank: torch's own option is one mapping for all ranks, whose
-    pipeline stages hold different tensors.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path), save_distributed=True)
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        prepared = []
-        for shard_index, plan in enumerate(plans, start=1):
-            mapping: dict[str, int] = {}
-            filled = 0
-            for item in plan.items:
-                mapping[item.index.fqn] = 1 + filled // FILE_BYTES
-                filled += item.tensor_storage_size() or 0
-            storage = {"shard_index": shard_index, "fqn_to_index_mapping": mapping}
-            prepared.append(dataclasses.replace(plan, storage_data=storage))
-        return prepared
-
-
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without torch's warning that one process saves as one process."""
@@ -153,20 +137,27 @@ def _begin(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _write(folder: Path, tensors: TensorsByName, mesh: Mesh) -> None:
+def _write(
+    temporary: Path, part: str, tensors: TensorsByName, mesh: Mesh, group: dist.ProcessGroup | None
+) -> dict[str, dict[str, Any]]:
+    """Write what this rank holds; return the manifest's entries of its files."""
+    writer = TensorWriter(temporary / part)
     try:
         with _quietly():
-            dcp.save(tensors, storage_writer=_Writer(folder), no_dist=mesh.device_mesh is None)
+            no_dist = mesh.device_mesh is None
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=no_dist)
     except CheckpointException as error:
         causes = [cause for cause, _trace in error.failures.values()]
         cause = next((cause for cause in causes if isinstance(cause, OSError)), None)
         raise cause or RuntimeError(f"saving failed: {causes}") from error
+    return {f"{part}/{name}": entry for name, entry in writer.entries.items()}
 
 
-def _finish(temporary: Path, final: Path, state: dict[str, Any]) -> None:
+def _finish(
+    temporary: Path, final: Path, state: dict[str, Any], entries: dict[str, dict[str, Any]]
+) -> None:
     files.write_atomically(temporary / files.STATE, json.dumps(state, indent=1, ensure_ascii=False))
-    entries = {name: files.file_entry(temporary / name) for name in files.data_files(temporary)}
-    files.write_manifest(temporary, entries)
+    files.write_manifest(temporary, {**entries, files.STATE: files.file_entry(temporary / files.STATE)})
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
@@ -197,20 +188,32 @@ def _check_shapes(folder: Path, tensors: TensorsByName) -> None:
             )
 
 
-def _together(mesh: Mesh, work: Callable[[], None], main_only: bool = False) -> None:
-    """Run ``work`` on all ranks (or rank 0) and raise on all ranks what any of them raised."""
-    failure: OSError | None = None
+def _together(
+    mesh: Mesh, group: dist.ProcessGroup | None, work: Callable[[], Any], main_only: bool = False
+) -> list[Any]:
+    """Run ``work`` on all ranks (or rank 0) and raise on all ranks what any of them raised.
+
+    Returns:
+        What each rank's ``work`` returned, by rank.
+    """
+    result: Any = None
+    failure: Exception | None = None
     if mesh.is_main or not main_only:
         try:
-            work()
-        except OSError as error:
+            result = work()
+        except Exception as error:  # whatever it is: the other ranks wait for an answer
             failure = error
-    if mesh.device_mesh is not None:
-        failures: list[OSError | None] = [None] * mesh.num_ranks
-        dist.all_gather_object(failures, failure)
-        failure = next((error for error in failures if error is not None), None)
-    if failure is not None:
-        raise failure
+    if mesh.device_mesh is None:
+        if failure is not None:
+            raise failure
+        return [result]
+    answers: list[Any] = [None] * mesh.num_ranks
+    told = failure if failure is None or isinstance(failure, OSError) else RuntimeError(repr(failure))
+    dist.all_gather_object(answers, (result, told), group=group)
+    first = next((error for _, error in answers if error is not None), None)
+    if first is not None:
+        raise failure or first
+    return [answer for answer, _ in answers]
 
 
 def _agreed(mesh: Mesh, names: list[str]) -> list[str]:

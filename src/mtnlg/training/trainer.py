@@ -18,8 +18,8 @@ from mtnlg.tokens.batch import Batch
 from mtnlg.tokens.prefetch import prefetch
 from mtnlg.tokens.stream import BatchStream
 from mtnlg.training import resume
-from mtnlg.training.checkpoint_files import prune, read_state
-from mtnlg.training.checkpoints import load_tensors, newest_good_checkpoint, save_checkpoint
+from mtnlg.training.checkpoint_files import read_state, remove_leftovers
+from mtnlg.training.checkpoints import load_tensors, newest_good_checkpoint
 from mtnlg.training.events import Callbacks, RunStart, StepMetrics, TrainResult, ValidationMetrics
 from mtnlg.training.interrupts import Interrupts
 from mtnlg.training.loss_scale import LossScale
@@ -27,6 +27,7 @@ from mtnlg.training.meter import Meter
 from mtnlg.training.metrics import Clock, JsonlWriter, TensorBoardWriter
 from mtnlg.training.optimizers import Optimizer
 from mtnlg.training.samples import write_samples
+from mtnlg.training.saving import CheckpointSaver, Parts
 from mtnlg.training.schedules import BatchRamp, make_schedule
 from mtnlg.training.step import TrainingStep, split_batch
 from mtnlg.training.stopping import Position, StopRules
@@ -78,6 +79,7 @@ class Trainer:
         self.ramp = BatchRamp(config.batch, config.data.sequence_length, mesh.num_replicas)
         steps, length = config.stop.steps, config.data.sequence_length
         self.stop = StopRules(config.stop, steps and self.ramp.samples_after(steps) * length)
+        self.saver = CheckpointSaver(config.run_dir, config.checkpoint, mesh)
         self.position = Position()
         self.samples = 0
         self._validation_loss: float | None = None
@@ -97,13 +99,21 @@ class Trainer:
         self.model.train()
         self.clock = Clock(self.position.seconds)
         self._saved = (self._saved[0], self.position.seconds)
-        with Interrupts(self.callbacks.on_message) as interrupts:
-            for size, batch in self._batches():
-                num_valid, signal = self._agree(batch, interrupts.received)
-                reason = "signal" if signal else self.stop.reason(self.position)
-                if reason:
-                    return self._end(reason, signal)
-                self._train_step(batch, size, num_valid)
+        self.saver.prepare(self._parts())
+        try:
+            with Interrupts(self.callbacks.on_message) as interrupts:
+                return self._train(interrupts)
+        except Exception as error:
+            self.saver.wait_after(error)
+            raise
+
+    def _train(self, interrupts: Interrupts) -> TrainResult:
+        for size, batch in self._batches():
+            num_valid, signal = self._agree(batch, interrupts.received)
+            reason = "signal" if signal else self.stop.reason(self.position)
+            if reason:
+                return self._end(reason, signal)
+            self._train_step(batch, size, num_valid)
         raise AssertionError("the training stream has no end")
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
@@ -127,13 +137,16 @@ class Trainer:
     def _agree(self, batch: Batch, signal: int) -> tuple[int, int]:
         """Valid tokens of the step and the signal received, the same on every rank.
 
-        Rank 0's clock becomes everyone's too: who stops by time must stop together.
+        Rank 0's clock becomes everyone's too: who stops by time must stop together. So must all when a
+        checkpoint that was being written has failed.
         """
         seconds = self.clock.seconds() if self.mesh.is_main else 0.0
         ours = [batch.num_valid_tokens / self.mesh.layout.model_parallel_size, seconds]
-        ours += [float(signal == number) for number in (2, 15)]
+        ours += [float(signal == number) for number in (2, 15)] + [float(self.saver.has_failed)]
         sums = torch.tensor(ours, dtype=torch.float64, device=self.mesh.device)
-        valid, seconds, interrupted, terminated = self.mesh.sum_over_ranks(sums).tolist()
+        valid, seconds, interrupted, terminated, failed = self.mesh.sum_over_ranks(sums).tolist()
+        if failed:
+            self.saver.wait()
         self.position.seconds = seconds
         return round(valid), 2 if interrupted else 15 if terminated else 0
 
@@ -174,6 +187,7 @@ class Trainer:
         self.callbacks.on_log(self._last_line)
 
     def _after_step(self) -> None:
+        self._tell_of_checkpoints()
         step, seconds = self.position.step, self.position.seconds
         every = self.config.evaluation.interval_steps
         if every and step % every == 0:
@@ -200,17 +214,21 @@ class Trainer:
         )
         write_samples(self.model, self.config, step, self.callbacks.on_sample)
 
-    def _save(self) -> None:
+    def _save(self, is_last: bool = False) -> None:
         step = self.position.step
-        if self._saved[0] == step:
-            return
-        parts = {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        run_dir = self.config.run_dir
-        self._checkpoint = save_checkpoint(run_dir, step, parts, self._state(), self.mesh)
-        self._saved = (step, self.position.seconds)
-        if self.mesh.is_main:
-            prune(run_dir, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
-        self.callbacks.on_checkpoint(str(self._checkpoint), step)
+        if self._saved[0] != step:
+            self.saver.save(step, self._parts(), self._state(), is_last)
+            self._saved = (step, self.position.seconds)
+        if is_last:
+            self.saver.wait()
+
+    def _tell_of_checkpoints(self) -> None:
+        for folder, step in self.saver.take_finished():
+            self._checkpoint = folder
+            self.callbacks.on_checkpoint(str(folder), step)
+
+    def _parts(self) -> Parts:
+        return {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -228,6 +246,8 @@ class Trainer:
         }
 
     def _resume(self) -> None:
+        if self.mesh.is_main:
+            remove_leftovers(self.config.run_dir)
         folder = newest_good_checkpoint(self.config.run_dir, self.mesh, self.callbacks.on_message)
         if folder is None:
             return
@@ -272,7 +292,8 @@ class Trainer:
             self._log(self._last_step)
         if reason != "signal":
             self._evaluate()
-        self._save()
+        self._save(is_last=True)
+        self._tell_of_checkpoints()
         best = self.stop.best_loss
         result = TrainResult(
             run_dir=self.config.run_dir,
