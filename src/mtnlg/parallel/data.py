@@ -1,4 +1,15 @@
-"""Data parallelism: FSDP2 over the replicas.
+"""Data parallelism: what replicas hold, by the names users know (docs/parallelism.md).
+
+``ddp`` and ``zero1`` compute with whole weights, which :class:`~mtnlg.parallel.replicas.Replicas` keeps;
+``zero2``, ``zero3`` and ``hybrid`` are FSDP2's (Zhao et al. 2023, arXiv 2304.11277) with these options:
+
+=========  ========================  =========================  =========================
+mode       weights are gathered      and freed                  gradients are reduced
+=========  ========================  =========================  =========================
+``zero2``  once a step               after its last backward    in every micro-batch
+``zero3``  for each layer            after forward, backward    in every micro-batch
+``hybrid`` as ``zero3``, in a group  after forward, backward    over groups: in the last
+=========  ========================  =========================  =========================
 
 FSDP is told to add gradients up and divide by nothing: the loss rule (division by the global number
 of valid tokens) is the only owner of gradient scale.
@@ -6,39 +17,145 @@ of valid tokens) is the only owner of gradient scale.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
+
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from mtnlg.config import PrecisionConfig
+from mtnlg.parallel.expert import experts_axes, mixtures, part_experts
 from mtnlg.parallel.mesh import Mesh
+from mtnlg.parallel.replicas import Replicas
 from mtnlg.parallel.stage import Stage
+from mtnlg.parallel.working_copy import Keeper, WorkingCopy
 
 # Of the computation; ``None`` is that of the weights, float32.
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHARDED = ("zero2", "zero3", "hybrid")
 REDUCE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
+def frees_weights(mesh: Mesh) -> bool:
+    """Whether replicas hold only parts of the weights, so that FSDP gathers and frees them."""
+    return (
+        mesh.layout.data_parallel_sharding in ("zero2", "zero3", "hybrid") and mesh.size("weight_part") > 1
+    )
+
+
+def device_of_weights(mesh: Mesh) -> torch.device:
+    """Where the model's own parameters live: with FSDP and offloading the CPU."""
+    if frees_weights(mesh) and mesh.layout.cpu_offload:
+        return torch.device("cpu")
+    return mesh.device
+
+
 def shard_over_replicas(stage: Stage, mesh: Mesh, precision: PrecisionConfig) -> None:
-    """Shard ``stage`` over the replicas as ``layout.data_parallel_sharding`` says.
+    """Let FSDP shard ``stage`` over the replicas, where they hold only parts of the weights.
 
     Args:
         stage: one stage of this rank.
         mesh: this rank's place.
-        precision: of the computation. Weights are cast as they are gathered and gradients are added
-            up in ``reduce_dtype``; in 16 bits a single replica is wrapped for that alone.
+        precision: of the computation. Weights are cast as they are gathered, gradients travel in
+            ``reduce_dtype`` and are added up in float32.
     """
-    dtype = DTYPES[precision.dtype]
-    copies, parts = mesh.size("weight_copy"), mesh.size("weight_part")
-    if mesh.device_mesh is None or (copies * parts == 1 and dtype is None):
+    if not frees_weights(mesh):
         return
-    axes = mesh.axis("weight_copy", "weight_part") if copies > 1 else mesh.axis("weight_part")
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=REDUCE_DTYPES[precision.reduce_dtype])
-    frees_layers = mesh.layout.data_parallel_sharding in ("zero3", "hybrid") and parts > 1
+    axes = ["weight_part"] if mesh.size("weight_copy") == 1 else ["weight_copy", "weight_part"]
+    reduce_dtype = REDUCE_DTYPES[precision.reduce_dtype]
+    options: dict[str, Any] = {
+        "mesh": mesh.axis(*axes),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[precision.dtype], reduce_dtype=reduce_dtype),
+        "offload_policy": CPUOffloadPolicy() if mesh.layout.cpu_offload else OffloadPolicy(),
+    }
+    frees_layers = mesh.layout.data_parallel_sharding != "zero2"
+    if mesh.layout.expert_parallel_size > 1:
+        own = options | {"mesh": experts_axes(mesh)}
+        parts = partial(part_experts, num_parts=mesh.size("expert_part"))
+        for block in mixtures(stage.decoder).values():
+            fully_shard(block.experts, reshard_after_forward=frees_layers, shard_placement_fn=parts, **own)
+    options["shard_placement_fn"] = partial(part_experts, num_parts=mesh.size("weight_part"))
     for layer in stage.decoder.layers.values():
-        fully_shard(layer, mesh=axes, reshard_after_forward=frees_layers, mp_policy=policy)
-    # The ends stay gathered: the embedding's turn comes last in the backward, the head's first.
-    fully_shard(stage, mesh=axes, reshard_after_forward=False, mp_policy=policy)
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        fully_shard(layer, reshard_after_forward=frees_layers, **options)
+    # The ends stay gathered: the embedding's turn comes last in the backward, the head's first. The
+    # stage itself stays a plain module: torch's pipeline would reduce gradients only after the last
+    # micro-batch of any FSDP module, whatever its mode.
+    fully_shard(stage.decoder, reshard_after_forward=False, **options)
+    for module in fsdp_modules(stage):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def fsdp_modules(stage: Stage) -> list[FSDPModule]:
+    """The modules of ``stage`` that FSDP shards."""
+    return [module for module in stage.modules() if isinstance(module, FSDPModule)]
+
+
+class BackwardCount:
+    """Tells FSDP which backward pass is a stage's last of the step.
+
+    Args:
+        stage: one stage of this rank.
+        mesh: this rank's place.
+        precision: hybrid sharding adds up what its groups have not exchanged yet in the dtype of the
+            exchange: in bf16 it exchanges in every micro-batch.
+    """
+
+    def __init__(self, stage: Stage, mesh: Mesh, precision: PrecisionConfig) -> None:
+        self._root = stage.decoder if isinstance(stage.decoder, FSDPModule) else None
+        self._keeps_weights = mesh.layout.data_parallel_sharding == "zero2"
+        self._waits_for_copies = mesh.size("weight_copy") > 1 and precision.reduce_dtype == "float32"
+        self._num_passes = self._passes = 0
+        if self._root is not None:
+            stage.register_forward_hook(self._on_forward)
+
+    def begin(self, num_passes: int) -> None:
+        """A step of ``num_passes`` backward passes begins."""
+        self._num_passes, self._passes = num_passes, 0
+
+    def _on_forward(self, stage: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._on_backward)
+
+    def _on_backward(self, gradient: Tensor) -> None:
+        assert self._root is not None
+        self._passes += 1
+        is_last = self._passes >= self._num_passes
+        self._root.set_is_last_backward(is_last)
+        if self._keeps_weights:
+            self._root.set_reshard_after_backward(is_last)
+        if self._waits_for_copies:
+            self._root.set_requires_all_reduce(is_last)
+
+
+def keep_weights(
+    parameters: Mapping[str, nn.Parameter],
+    mesh: Mesh,
+    precision: PrecisionConfig,
+    shared: Collection[str] = (),
+) -> Keeper | None:
+    """What keeps float32 masters beside weights that stay whole; ``None`` where weights are masters.
+
+    Args:
+        parameters: this rank's by canonical name, float32.
+        mesh: this rank's place.
+        precision: of the computation.
+        shared: names of those that two stages of this rank use.
+    """
+    if mesh.device_mesh is not None and frees_weights(mesh):
+        return None
+    dtype = DTYPES[precision.dtype]
+    device = torch.device("cpu") if mesh.layout.cpu_offload else None
+    if mesh.device_mesh is not None and mesh.size("weight_copy") * mesh.size("weight_part") > 1:
+        return Replicas(parameters, mesh, dtype, REDUCE_DTYPES[precision.reduce_dtype], device, shared)
+    if dtype is None and device is None:
+        return None
+    return WorkingCopy(parameters, dtype or torch.float32, device)

@@ -6,19 +6,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from mtnlg.config import MegatronModelConfig, PrecisionConfig
 from mtnlg.model import IGNORED_LABEL, MegatronLmDecoder
 from mtnlg.parallel import gradients
 from mtnlg.parallel.context import part_of_sequence
-from mtnlg.parallel.data import DTYPES
+from mtnlg.parallel.data import DTYPES, BackwardCount, keep_weights
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.pipeline import Pipeline
+from mtnlg.parallel.routing import ExpertLoad, Routing
 from mtnlg.parallel.stage import Stage
-from mtnlg.parallel.tied import TiedCopy
-from mtnlg.parallel.weights import TIED_COPY, TIED_ORIGINAL, canonical_name
-from mtnlg.parallel.working_copy import WorkingCopy
+from mtnlg.parallel.weights import TIED_COPY, TIED_ORIGINAL, canonical_name, share_ends
 from mtnlg.tokens.batch import Batch
 
 
@@ -32,8 +30,8 @@ class ParallelModel:
         stages: those that this rank runs, in the order of the model.
         config: the whole architecture.
         mesh: this rank's place.
-        precision: of the computation; the parameters named here stay float32. In 16 bits one process
-            casts a working copy after each step, and over ranks FSDP casts as it gathers.
+        precision: of the computation; the parameters named here stay float32. In 16 bits a working
+            copy is cast after each step, and where FSDP frees weights it casts as it gathers.
     """
 
     def __init__(
@@ -51,23 +49,26 @@ class ParallelModel:
         self._pipeline: Pipeline | None = None
         if mesh.num_stages > 1:
             self._pipeline = Pipeline(self.stages, mesh, config.hidden_size, dtype)
+        self._routing = Routing(self.stages, config, mesh)
         names = {
             canonical_name(name): item for stage in self.stages for name, item in stage.named_parameters()
         }
-        # The last stage's copy of a tied embedding goes by the embedding's name, as in one process, or,
-        # where this rank has the first stage too, by none.
-        self._tied_copy: TiedCopy | None = None
+        # The last stage's copy of a tied embedding goes by the embedding's name, as in one process.
         has_copy = config.tie_word_embeddings and mesh.num_stages > 1 and mesh.has_last_stage
         self._holds_tied_copy = has_copy and not mesh.has_first_stage
         if self._holds_tied_copy:
             names[TIED_ORIGINAL] = names.pop(TIED_COPY)
-        elif has_copy:
-            self._tied_copy = TiedCopy(names[TIED_ORIGINAL], names.pop(TIED_COPY))
+        elif has_copy:  # this rank has both ends (V-shaped schedules): they share one parameter
+            share_ends(self.stages)
+            del names[TIED_COPY]
         self._parameters = names
-        self._working_copy: WorkingCopy | None = None
-        if self.is_whole and dtype is not None:
-            self._working_copy = WorkingCopy(names, dtype)
-            self._parameters = self._working_copy.masters
+        self._backward_counts = [BackwardCount(stage, mesh, precision) for stage in self.stages]
+        shared = {TIED_ORIGINAL} if has_copy and mesh.has_first_stage else set()
+        self._keeper = keep_weights(names, mesh, precision, shared)
+        if self._keeper is not None:
+            self._parameters = self._keeper.masters
+            if self._pipeline is not None:
+                self._pipeline.after_weights = self._keeper.collect
 
     @property
     def decoder(self) -> MegatronLmDecoder:
@@ -101,7 +102,8 @@ class ParallelModel:
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's weights by the plain model's names, sharing memory: save from it, load into it."""
-        return {name: item.detach() for name, item in self._parameters.items()}
+        weights = {name: item.detach() for name, item in self._parameters.items()}
+        return weights | self._routing.biases()
 
     def seed_dropout(self, seed: int, step: int) -> None:
         """Set the random stream of dropout for one step, so that a resumed run repeats it.
@@ -134,14 +136,18 @@ class ParallelModel:
             before the last. :meth:`Mesh.sum_of_loss` makes it the step's.
         """
         self._refresh()
+        for count in self._backward_counts:
+            count.begin(len(batches))
+        if self._keeper is not None:
+            self._keeper.begin(len(batches))
         factor = loss_scale / torch.as_tensor(num_valid_tokens, dtype=torch.float32, device=self.device)
+        self._routing.begin(factor)
         batches = [part_of_sequence(batch, self.mesh).to(self.device) for batch in batches]
         if self._pipeline is not None:
             total = self._pipeline.forward_backward(batches, factor)
         else:
             total = self._accumulate(batches, factor)
-        if not self.is_whole:
-            self._finish_gradients()
+        self._finish_gradients()
         return total
 
     @torch.no_grad()
@@ -168,6 +174,14 @@ class ParallelModel:
         self.mesh.sum_of_loss(sums)
         return sums[0], sums[1]
 
+    def expert_load(self) -> ExpertLoad | None:
+        """How the last step used the experts; every rank calls this. ``None`` in a dense model."""
+        return self._routing.load()
+
+    def move_router_biases(self, load: ExpertLoad) -> None:
+        """After an optimizer step: balance the experts by their load, where the config says so."""
+        self._routing.move_biases(load)
+
     def gradient_norm(self) -> Tensor:
         """Norm of the gradients of the whole model, the tied embedding counted once (float32 scalar)."""
         elsewhere = TIED_ORIGINAL if self._holds_tied_copy else ""
@@ -184,21 +198,16 @@ class ParallelModel:
 
     def _accumulate(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
-        (stage,) = self.stages
-        for index, batch in enumerate(batches):
-            if isinstance(stage, FSDPModule):
-                last = index == len(batches) - 1
-                stage.set_requires_gradient_sync(last)
-                stage.set_is_last_backward(last)
+        for batch in batches:
             loss = self._loss(batch)
             (loss * factor).backward()
             total += loss.detach()
         return total
 
     def _finish_gradients(self) -> None:
+        if self._keeper is not None:
+            self._keeper.finish()
         gradients.finish_partial_sums(self._parameters.values())
-        if self._tied_copy is not None:
-            self._tied_copy.hand_over_gradient()
         if self.config.tie_word_embeddings and self.mesh.ends_group is not None:
             gradients.sum_tied_copies(self._parameters[TIED_ORIGINAL].grad, self.mesh)
 
@@ -207,7 +216,5 @@ class ParallelModel:
         return stage(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
 
     def _refresh(self) -> None:
-        if self._working_copy is not None:
-            self._working_copy.refresh()
-        if self._tied_copy is not None:
-            self._tied_copy.refresh()
+        if self._keeper is not None:
+            self._keeper.refresh()

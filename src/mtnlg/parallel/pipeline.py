@@ -8,7 +8,7 @@ arXiv 2412.19437).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -104,6 +104,18 @@ def schedule_for(layout: LayoutConfig, count: int) -> str:
     return "looped_bfs" if schedule in LOOPED_SCHEDULES else "zbv"
 
 
+class _Stage(PipelineStage):
+    """torch's stage, which says when it has run a pass for weights alone."""
+
+    def __init__(self, pipeline: Pipeline, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pipeline = pipeline
+
+    def backward_weight_one_chunk(self, *args: Any, **options: Any) -> None:
+        super().backward_weight_one_chunk(*args, **options)
+        self._pipeline.after_weights()
+
+
 class Pipeline:
     """Runs micro-batches through the stages.
 
@@ -124,6 +136,8 @@ class Pipeline:
         self.group = mesh.axis("pipeline").get_group()
         self._schedules: dict[tuple[int, int, int], Schedule] = {}
         self._factor = torch.ones((), device=mesh.device)
+        # Called when a pass for weights alone has left gradients that no hook of theirs was told of.
+        self.after_weights: Callable[[], None] = lambda: None
 
     def forward_backward(self, batches: Sequence[Batch], factor: Tensor) -> Tensor:
         """Run all micro-batches forward and backward; the loss is multiplied by ``factor``.
@@ -198,13 +212,14 @@ class Pipeline:
             return _ONE_STAGE[name](stages[0], count, loss_fn=self._scaled_loss, scale_grads=False)
         return _SEVERAL_STAGES[name](stages, count, loss_fn=self._scaled_loss, scale_grads=False)
 
-    def _make_stage(self, stage: Stage, rows: int, columns: int) -> PipelineStage:
+    def _make_stage(self, stage: Stage, rows: int, columns: int) -> _Stage:
         mesh = self.mesh
         hidden = self._empty_hidden(rows, columns).requires_grad_()
         ids = torch.empty(rows, columns, dtype=torch.long, device=mesh.device)
         loss = torch.empty((), device=mesh.device, requires_grad=True)
         # Shapes are given: torch would otherwise run the first micro-batch once more to learn them.
-        return PipelineStage(
+        return _Stage(
+            self,
             stage,
             stage.number,
             mesh.num_stages,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.model import initial_value
-from mtnlg.parallel.stage import PREFIX
+from mtnlg.parallel.stage import PREFIX, Stage
 
 TIED_COPY = "head.output.weight"
 TIED_ORIGINAL = "embedding.tokens.weight"
@@ -17,6 +19,13 @@ TIED_ORIGINAL = "embedding.tokens.weight"
 def canonical_name(name: str) -> str:
     """The plain model's name of a parameter of a :class:`~mtnlg.parallel.stage.Stage`."""
     return name.removeprefix(PREFIX)
+
+
+def share_ends(stages: Sequence[Stage]) -> None:
+    """Make the head of the last of one rank's ``stages`` use the embedding's matrix of the first."""
+    embedding, head = stages[0].decoder.embedding, stages[-1].decoder.head
+    assert embedding is not None and head is not None
+    head.output.weight = embedding.tokens.weight
 
 
 def local_slice(whole: Tensor, parameter: Tensor) -> Tensor:
@@ -57,3 +66,5 @@ def initialize(stage: nn.Module, config: MegatronModelConfig, seed: int) -> None
         whole = initial_value(name, parameter.shape, config, seed)
         target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         target.copy_(local_slice(whole, parameter))
+    for buffer in stage.buffers():  # the routers' biases
+        buffer.zero_()

@@ -70,6 +70,8 @@ class Optimizer:
         for group in self.groups:
             update = _adamw_step if group.rule == "adamw" else _muon_step
             update(group, self.config, factor, gradient_divisor, self.steps)
+            # A DTensor does not notice what is done to the part of it that this rank holds.
+            torch.autograd.graph.increment_version(group.parameters)
         self.steps += 1
 
     def zero_grad(self) -> None:
@@ -123,7 +125,7 @@ def _adamw_step(
     present_gradients = [gradient for gradient in gradients if gradient is not None and gradient.numel()]
     if not present:
         return
-    parameters = [local(group.parameters[i].detach()) for i in present]
+    parameters = [local(group.parameters[i]).detach() for i in present]
     device = parameters[0].device
     fused = device.type in ("cpu", "cuda")
     if not fused and gradient_divisor != 1.0:
@@ -163,7 +165,7 @@ def _muon_step(
             whole = whole.full_tensor()
         update = local_slice(orthogonalize(whole), parameter)
         rows, columns = parameter.shape
-        values = local(parameter.detach())
+        values = local(parameter).detach()
         values.mul_(1.0 - rate * group.weight_decay)
         values.add_(update, alpha=-rate * rate_factor(rows, columns))
 

@@ -1,0 +1,330 @@
+"""Replicas that each compute with whole weights: plain replication and ZeRO-1, in flat buffers.
+
+Every replica adds the gradients of its micro-batches up in float32 buffers. When the last backward
+pass has filled a buffer it is summed over the replicas while that pass goes on (Li et al. 2020, arXiv
+2006.15704). With ``ddp`` that is an all-reduce, and every replica steps everything. With ``zero1``
+(Rajbhandari et al. 2020, arXiv 1910.02054, section 5) it is a reduce-scatter: a replica steps the rows
+of each weight that are its part, whose optimizer state it alone has, and one gather a step makes the
+weights whole again.
+
+Here FSDP would copy every weight and every gradient once more and wait at every layer for hooks that
+have nothing to gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from mtnlg.parallel.gradients import local_part
+from mtnlg.parallel.mesh import Mesh
+from mtnlg.parallel.working_copy import cast, on_gradient
+
+BUCKET_BYTES = 2**25  # of float32 gradients: long messages, and several of them to overlap with
+
+# torch 2.13 gave both new names.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(eq=False)
+class _Weight:
+    """One weight of the model.
+
+    Args:
+        weight: the model's parameter, whole (or this tensor-parallel rank's part of it).
+        rows: of its first dimension.
+        part_rows: rows that each replica steps; the last parts may hold fewer, or none.
+        start: of its elements in a row of the bucket's buffer.
+        master: what the optimizer steps: this replica's rows, float32.
+        uses: stages that bring a gradient in each backward pass.
+        passes: backward passes that have brought a gradient in this step.
+        axis: the tensor-parallel axis over which its gradient is still to be summed.
+    """
+
+    weight: nn.Parameter
+    rows: int
+    part_rows: int
+    start: int
+    master: nn.Parameter
+    uses: int = 1
+    passes: int = 0
+    axis: DeviceMesh | None = None
+
+    @property
+    def row_size(self) -> int:
+        """Elements of a row."""
+        return local_part(self.weight.detach()).numel() // max(1, self.rows)
+
+    @property
+    def width(self) -> int:
+        """Elements of each replica's part."""
+        return self.part_rows * self.row_size
+
+    def parts_of(self, flat: Tensor) -> list[tuple[Tensor, slice]]:
+        """Where the rows of the weight lie in ``flat`` [parts, width of the bucket]."""
+        found = []
+        for index in range(flat.shape[0]):
+            first, last = index * self.part_rows, min(self.rows, (index + 1) * self.part_rows)
+            if first < last:
+                size = (last - first) * self.row_size
+                found.append((flat[index, self.start : self.start + size], slice(first, last)))
+        return found
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """Weights whose gradients travel together.
+
+    Args:
+        group: the replicas.
+        index: this replica's part, of ``num_parts`` (1 where nothing is divided).
+        width: elements of each part.
+        buffer: gradients, float32 [parts, width].
+        payload: what is being sent of it.
+        gradients: views of this replica's part, laid out as the masters.
+    """
+
+    group: dist.ProcessGroup
+    index: int
+    num_parts: int
+    width: int = 0
+    weights: list[_Weight] = field(default_factory=list)
+    buffer: Tensor | None = None
+    payload: Tensor | None = None
+    work: dist.Work | None = None
+    gradients: list[Tensor] = field(default_factory=list)
+
+    def fill(self, item: _Weight, gradient: Tensor) -> None:
+        """Add the gradient of one backward pass of one weight."""
+        if self.buffer is None:
+            self.buffer = torch.zeros(self.num_parts, self.width, device=gradient.device)
+        rows = gradient.reshape(item.rows, -1)
+        for place, where in item.parts_of(self.buffer):
+            source = rows[where].reshape(-1)
+            # The first one is copied: what the last step left need not be cleared.
+            place.add_(source) if item.passes else place.copy_(source)
+        item.passes += 1
+
+
+class Replicas:
+    """Whole weights on every replica, float32 masters whole (``ddp``) or in parts (``zero1``).
+
+    Args:
+        parameters: the model's by canonical name, float32, the same on every replica.
+        mesh: this rank's place; weights are shared out over its weight axes (experts over theirs).
+        dtype: of the computation; ``None`` is float32, and the masters share the weights' memory.
+        reduce_dtype: of gradients on their way.
+        device: where masters and their gradients are kept; ``None`` is where the model is.
+        shared: names of those that two pipeline stages of this rank use: each brings its gradient.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        mesh: Mesh,
+        dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        shared: Collection[str] = (),
+    ) -> None:
+        self._mesh, self._reduce_dtype, self._device = mesh, reduce_dtype, device
+        self._has_own_masters = dtype is not None or device is not None
+        self._buckets: list[_Bucket] = []
+        masters = {}
+        for name, weight in reversed(list(parameters.items())):  # the order of the backward pass
+            masters[name] = self._add(weight, 2 if name in shared else 1)
+        self.masters = {name: masters[name] for name in parameters}
+        if self._has_own_masters:
+            for weight in parameters.values():
+                cast(weight, dtype or torch.float32)
+        for bucket in self._buckets:
+            for item in bucket.weights:
+                if item.weight.requires_grad:
+                    on_gradient(item.weight, partial(self._take, bucket, item))
+        self._versions = self._master_versions()
+        self._num_passes = 1
+        self._launched = 0
+        self._earlier: list[tuple[nn.Parameter, Tensor]] = []
+
+    def begin(self, num_passes: int) -> None:
+        """A step of ``num_passes`` backward passes begins."""
+        self._num_passes, self._launched = num_passes, 0
+        self._earlier = [
+            (item, item.grad.clone()) for item in self.masters.values() if item.grad is not None
+        ]
+        for item in self._weights():
+            item.passes = 0
+
+    def collect(self) -> None:
+        """Take gradients that were left at the weights without a hook's being called."""
+        for bucket in self._buckets:
+            for item in bucket.weights:
+                if item.weight.grad is not None:
+                    self._take(bucket, item, item.weight)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Sum what is left to sum, wait, and leave the gradients at the masters."""
+        self.collect()
+        for bucket in self._buckets[self._launched :]:
+            self._launch(bucket)
+        self._launched = len(self._buckets)
+        for bucket in self._buckets:
+            self._land(bucket)
+        for master, gradient in self._earlier:
+            assert master.grad is not None
+            master.grad += gradient
+        self._earlier = []
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the model's weights whole again, unless nothing has written to the masters since."""
+        if self._master_versions() == self._versions:
+            return
+        for bucket in self._buckets:
+            if bucket.num_parts > 1:
+                self._gather(bucket)
+            elif self._has_own_masters:
+                weights = [local_part(item.weight.detach()) for item in bucket.weights]
+                torch._foreach_copy_(weights, [local_part(item.master.detach()) for item in bucket.weights])
+        self._versions = self._master_versions()
+
+    def expect_writes(self) -> None:
+        """Gather at the next :meth:`refresh` whatever the masters know of."""
+        self._versions = []
+
+    def _master_versions(self) -> list[int]:
+        return [master._version for master in self.masters.values()]
+
+    def _weights(self) -> Iterable[_Weight]:
+        return (item for bucket in self._buckets for item in bucket.weights)
+
+    def _add(self, weight: nn.Parameter, uses: int) -> nn.Parameter:
+        """Give ``weight`` a place in a bucket, and a master."""
+        axes = self._axes(weight)
+        copies, parts = axes.size(0), axes.size(1)
+        assert copies == 1 or parts == 1, "sharding in groups is FSDP's"
+        group, index = axes.get_group(1 if parts > 1 else 0), axes.get_local_rank(1)
+        last = next((item for item in reversed(self._buckets) if item.group == group), None)
+        if last is None or last.width * last.num_parts * 4 >= BUCKET_BYTES:
+            last = _Bucket(group, index, parts)
+            self._buckets.append(last)
+        part = local_part(weight.detach())
+        rows = part.shape[0]
+        part_rows = -(-rows // parts)
+        first = min(rows, index * part_rows)
+        part = part.narrow(0, first, min(part_rows, rows - first))
+        if self._has_own_masters:
+            part = part.to(self._device or part.device, torch.float32, copy=True)
+        master = nn.Parameter(self._divided(weight, part), requires_grad=weight.requires_grad)
+        item = _Weight(weight, rows, part_rows, last.width, master, uses)
+        last.weights.append(item)
+        last.width += item.width
+        return master
+
+    def _axes(self, weight: Tensor, own: tuple[str, ...] = ()) -> DeviceMesh:
+        """The axes over which ``weight`` is copied and parted, and then its ``own``."""
+        names = weight.device_mesh.mesh_dim_names or () if isinstance(weight, DTensor) else ()
+        kind = "expert" if any(name.startswith("expert") for name in names) else "weight"
+        own = tuple(f"{kind}_tensor" if name == "tensor" else name for name in own)
+        return self._mesh.axis(f"{kind}_copy", f"{kind}_part", *own)
+
+    def _divided(self, weight: Tensor, part: Tensor) -> Tensor:
+        """``part`` as this replica's rows of ``weight``: a DTensor over the replicas too."""
+        names: tuple[str, ...] = ()
+        own: tuple[Placement, ...] = ()
+        split = 1
+        if isinstance(weight, DTensor):
+            names, own = tuple(weight.device_mesh.mesh_dim_names or ()), tuple(weight.placements)
+            for size, placement in zip(weight.device_mesh.shape, own):
+                split *= size if getattr(placement, "dim", None) == 0 else 1
+        axes = self._axes(weight, names)
+        rows: Placement = Replicate()
+        if axes.size(1) > 1:
+            # Tensor parallelism divides first, so that a replica's rows of all ranks are not neighbours.
+            rows = _StridedShard(0, split_factor=split) if split > 1 else Shard(0)
+        placements = (Replicate(), rows, *own)
+        shape, stride = weight.shape, weight.stride()
+        return DTensor.from_local(part, axes, placements, run_check=False, shape=shape, stride=stride)
+
+    @torch.no_grad()
+    def _take(self, bucket: _Bucket, item: _Weight, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is None:
+            return
+        if isinstance(gradient, DTensor) and isinstance(weight, DTensor):
+            item.axis = None
+            if gradient.placements != weight.placements:
+                if all(isinstance(kind, Partial) for kind in gradient.placements):
+                    item.axis = gradient.device_mesh  # summed once, after the last pass
+                else:
+                    gradient = gradient.redistribute(placements=weight.placements)
+        bucket.fill(item, local_part(gradient))
+        # Buckets leave in one order, which is the same on every replica.
+        while self._launched < len(self._buckets) and self._is_full(self._buckets[self._launched]):
+            self._launch(self._buckets[self._launched])
+            self._launched += 1
+
+    def _is_full(self, bucket: _Bucket) -> bool:
+        trained = [item for item in bucket.weights if item.weight.requires_grad]
+        return all(item.passes == item.uses * self._num_passes for item in trained)
+
+    def _launch(self, bucket: _Bucket) -> None:
+        """Begin to sum one buffer over the replicas."""
+        if bucket.buffer is None:
+            bucket.buffer = torch.zeros(bucket.num_parts, bucket.width, device=self._mesh.device)
+        for item in bucket.weights:
+            for place, _ in item.parts_of(bucket.buffer):
+                if not item.passes:
+                    place.zero_()  # a weight without a gradient (an expert without tokens)
+                elif item.axis is not None:
+                    dist.all_reduce(place, group=item.axis.get_group())
+        payload = bucket.buffer.to(self._reduce_dtype)
+        if bucket.num_parts > 1 and dist.get_backend(bucket.group) != "gloo":
+            part = payload[bucket.index]
+            bucket.work = REDUCE_SCATTER(part, payload.view(-1), group=bucket.group, async_op=True)
+        else:  # gloo's reduce-scatter is an all-reduce of a copy
+            bucket.work = dist.all_reduce(payload, group=bucket.group, async_op=True)
+        bucket.payload = payload
+
+    def _land(self, bucket: _Bucket) -> None:
+        """Wait for one buffer's sum and hand it to the masters."""
+        assert bucket.buffer is not None and bucket.payload is not None and bucket.work is not None
+        bucket.work.wait()
+        if bucket.payload is not bucket.buffer:
+            bucket.buffer[bucket.index].copy_(bucket.payload[bucket.index])
+        bucket.work = bucket.payload = None
+        if not bucket.gradients or self._device is not None:
+            bucket.gradients = [self._gradient(bucket, item) for item in bucket.weights]
+        for item, gradient in zip(bucket.weights, bucket.gradients):
+            if item.weight.requires_grad:
+                item.master.grad = gradient
+
+    def _gradient(self, bucket: _Bucket, item: _Weight) -> Tensor:
+        assert bucket.buffer is not None
+        part = local_part(item.master.detach())
+        gradient = bucket.buffer[bucket.index, item.start : item.start + part.numel()].view(part.shape)
+        return self._divided(item.weight, gradient.to(part.device))
+
+    def _gather(self, bucket: _Bucket) -> None:
+        """Bring all parts of a bucket's weights together, in the dtype that they compute in."""
+        first = local_part(bucket.weights[0].weight.detach())
+        flat = torch.empty(bucket.num_parts, bucket.width, dtype=first.dtype, device=first.device)
+        mine = flat[bucket.index]
+        for item in bucket.weights:
+            part = local_part(item.master.detach())
+            mine[item.start : item.start + part.numel()].copy_(part.reshape(-1))
+        ALL_GATHER(flat.view(-1), mine, group=bucket.group)
+        for item in bucket.weights:
+            whole = local_part(item.weight.detach())
+            for source, where in item.parts_of(flat):
+                whole[where].copy_(source.view(whole[where].shape))
