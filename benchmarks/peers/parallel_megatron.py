@@ -37,7 +37,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 
 def build(shape: Shape, sizes: dict[str, int], micro_batches: int) -> Callable[[], float]:
-    """A step over ``micro_batches`` of all replicas together; sizes are ``tensor``, ``pipeline``, ``data``."""
+    """A step over ``micro_batches`` of all replicas; sizes are of ``tensor``, ``pipeline`` and ``data``."""
     _compute_on_the_cpu()
     tensor, pipeline, data = (sizes.get(name, 1) for name in ("tensor", "pipeline", "data"))
     parallel_state.initialize_model_parallel(tensor, pipeline)

@@ -15,7 +15,7 @@ from peers import BETAS, CLIP, LEARNING_RATE, WEIGHT_DECAY, Shape, random_tokens
 
 
 def build(shape: Shape, sizes: dict[str, int], micro_batches: int) -> Callable[[], float]:
-    """A step over ``micro_batches`` of all replicas together; sizes are ``tensor``, ``pipeline``, ``data``."""
+    """A step over ``micro_batches`` of all replicas; sizes are of ``tensor``, ``pipeline`` and ``data``."""
     config = MegatronModelConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,

@@ -146,7 +146,7 @@ def _loss_and_gradients(
         total += loss
         if token_gradient is not None:
             gradient = gradient.to(weight.dtype)
-            torch.mm(gradient, weight, out=token_gradient[start : start + step])
+            token_gradient[start : start + step] = product(gradient, weight.t())
             update = gradient.t() @ part  # [part of vocab, hidden]
             if weight_gradient is None:
                 weight_gradient = update if step >= len(targets) else update.float()
