@@ -56,7 +56,7 @@ def gather_decoder(model: ParallelModel) -> MegatronLmDecoder | None:
     ours: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if mesh.replica == 0 and mesh.tensor_rank == 0:
+        if mesh.replica == mesh.context_rank == mesh.tensor_rank == 0:
             ours[name] = whole.cpu()
     stages: list[dict[str, Tensor]] | None = [{}] * mesh.num_ranks if mesh.is_main else None
     dist.gather_object(ours, stages, dst=0)
