@@ -1,12 +1,15 @@
-"""Our config as a Hugging Face ``config.json`` and back: GPT-2, Llama, Qwen2 and Qwen3."""
+"""Our config as a Hugging Face ``config.json`` and back: GPT-2, Llama, Qwen2, Qwen3, and with experts
+Mixtral, Qwen3-MoE and GLM-4-MoE."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
+from mtnlg.interop.architecture import LLAMA_DEFAULTS, LLAMA_FIELDS, Architecture
+from mtnlg.interop.moe_families import MOE_FAMILIES, moe_from_saved, moe_requirements, moe_to_saved
 
 OWN_KEY = "mtnlg"  # our whole config rides along in config.json, for what the family cannot say
 _PLAIN_ACTIVATIONS = {
@@ -20,25 +23,6 @@ _PLAIN_ACTIVATIONS = {
     "swish": "silu",
 }
 _GATED_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One family of Hugging Face.
-
-    Args:
-        model_type: its name in ``config.json``.
-        class_name: transformers' class.
-        fields: our field → its key in ``config.json``.
-        defaults: what transformers assumes where ``config.json`` leaves a key out.
-        unsupported: key → the only values under which our model computes the same.
-    """
-
-    model_type: str
-    class_name: str
-    fields: dict[str, str]
-    defaults: dict[str, Any]
-    unsupported: dict[str, tuple[Any, ...]]
 
 
 _GPT2 = Architecture(
@@ -80,42 +64,23 @@ _GPT2 = Architecture(
     ),
 )
 
-_LLAMA_FIELDS = dict(
-    vocab_size="vocab_size",
-    hidden_size="hidden_size",
-    num_hidden_layers="num_hidden_layers",
-    num_attention_heads="num_attention_heads",
-    num_key_value_heads="num_key_value_heads",
-    head_dim="head_dim",
-    intermediate_size="intermediate_size",
-    max_position_embeddings="max_position_embeddings",
-    layernorm_eps="rms_norm_eps",
-    init_method_std="initializer_range",
-    attention_dropout="attention_dropout",
-    tie_word_embeddings="tie_word_embeddings",
-    use_cache="use_cache",
-)
-_LLAMA_DEFAULTS: dict[str, Any] = dict(
-    vocab_size=32000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=None, head_dim=None, intermediate_size=11008, max_position_embeddings=2048,
-    rms_norm_eps=1e-6, initializer_range=0.02, attention_dropout=0.0, tie_word_embeddings=False,
-    use_cache=True, hidden_act="silu", attention_bias=False, mlp_bias=False,
-)  # fmt: skip
-_QWEN_DEFAULTS = _LLAMA_DEFAULTS | dict(
+_QWEN_DEFAULTS = LLAMA_DEFAULTS | dict(
     vocab_size=151936, num_key_value_heads=32, intermediate_size=22016, max_position_embeddings=32768
 )
-_LLAMA = Architecture("llama", "LlamaForCausalLM", _LLAMA_FIELDS, _LLAMA_DEFAULTS, {})
+_LLAMA = Architecture("llama", "LlamaForCausalLM", LLAMA_FIELDS, LLAMA_DEFAULTS, {})
 _QWEN2 = Architecture(
-    "qwen2", "Qwen2ForCausalLM", _LLAMA_FIELDS, _QWEN_DEFAULTS, dict(use_sliding_window=(False,))
+    "qwen2", "Qwen2ForCausalLM", LLAMA_FIELDS, _QWEN_DEFAULTS, dict(use_sliding_window=(False,))
 )
 _QWEN3 = Architecture(
     "qwen3",
     "Qwen3ForCausalLM",
-    _LLAMA_FIELDS,
+    LLAMA_FIELDS,
     _QWEN_DEFAULTS | dict(head_dim=128),
     dict(use_sliding_window=(False,)),
 )
-ARCHITECTURES = {family.model_type: family for family in (_GPT2, _LLAMA, _QWEN2, _QWEN3)}
+ARCHITECTURES = {
+    family.model_type: family for family in (_GPT2, _LLAMA, _QWEN2, _QWEN3, *MOE_FAMILIES.values())
+}
 
 
 def nearest_architecture(config: MegatronModelConfig) -> Architecture:
@@ -124,7 +89,9 @@ def nearest_architecture(config: MegatronModelConfig) -> Architecture:
     Raises:
         ConfigError: there is none; each field in the way of the nearest one is named.
     """
-    problems = {name: _obstacles(name, config) for name in ARCHITECTURES}
+    has_experts = config.num_experts is not None
+    candidates = [name for name in ARCHITECTURES if (name in MOE_FAMILIES) == has_experts]
+    problems = {name: _obstacles(name, config) for name in candidates}
     best = min(problems, key=lambda name: len(problems[name]))
     if problems[best]:
         raise ConfigError(
@@ -157,6 +124,8 @@ def _obstacles(model_type: str, config: MegatronModelConfig) -> list[str]:
         "attention_output_bias": config.has_attention_output_bias,
     }
     required["attention_output_bias"] = output_bias
+    if model_type in MOE_FAMILIES:
+        required |= moe_requirements(model_type, config)
     problems = []
     for name, value in required.items():
         found = effective.get(name, getattr(config, name))
@@ -194,6 +163,8 @@ def to_hugging_face(config: MegatronModelConfig) -> dict[str, Any]:
         )
         if family is not _QWEN2:
             written["attention_bias"] = config.attention_bias
+        if family.model_type in MOE_FAMILIES:
+            written |= moe_to_saved(family.model_type, config)
         if family is _LLAMA:
             written["mlp_bias"] = config.mlp_bias
     return {
@@ -210,6 +181,8 @@ def _derived(config: MegatronModelConfig) -> dict[str, Any]:
         num_key_value_heads=config.key_value_heads,
         head_dim=config.head_size,
         init_method_std=config.init_std,
+        moe_intermediate_size=config.expert_ffn_size,
+        router_aux_loss_coefficient=config.aux_loss_coefficient,
     )
 
 
@@ -279,7 +252,7 @@ def _from_gpt2(values: dict[str, Any], where: str) -> dict[str, Any]:
 def _from_llama(family: Architecture, values: dict[str, Any], where: str) -> dict[str, Any]:
     is_qwen2 = family is _QWEN2
     attention_bias = True if is_qwen2 else values["attention_bias"]
-    return dict(
+    found: dict[str, Any] = dict(
         position_embedding="rotary",
         normalization="rmsnorm",
         activation_function=_activation(values["hidden_act"], _GATED_ACTIVATIONS, where),
@@ -289,6 +262,9 @@ def _from_llama(family: Architecture, values: dict[str, Any], where: str) -> dic
         mlp_bias=values["mlp_bias"] if family is _LLAMA else False,
         qk_normalization=family is _QWEN3,
     )
+    if family.model_type in MOE_FAMILIES:
+        found |= moe_from_saved(family.model_type, values, where)
+    return found
 
 
 def _rotary_base(values: dict[str, Any], where: str) -> float:

@@ -66,12 +66,13 @@ def write_hugging_face(
     """
     saved = to_hugging_face(model.config)
     model_type = nearest_architecture(model.config).model_type
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     if any(parameter.is_meta for parameter in parameters.values()):
         raise CheckpointError(f"{folder}: the model is on the meta device and has no weights to save.")
 
     def read(name: str) -> Tensor:
-        return parameters[name].detach().to(dtype=dtype)
+        is_bias = name.endswith("selection_bias")  # transformers keeps it in float32, too
+        return parameters[name].detach().to(dtype=None if is_bias else dtype)
 
     saved["dtype"] = str(dtype or parameters[EMBEDDING].dtype).removeprefix("torch.")
     tokens = dict(bos_token_id=end_of_text_id, eos_token_id=end_of_text_id, pad_token_id=padding_id)

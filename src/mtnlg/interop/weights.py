@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from mtnlg.config import CheckpointError, MegatronModelConfig
+from mtnlg.config.moe import has_experts
+from mtnlg.interop.moe_families import MOE_FAMILIES, expert_matrices, moe_prefix
 from mtnlg.interop.tensor_folder import TensorFolder
 
 HEAD = "head.output.weight"
@@ -25,14 +29,18 @@ class Rule:
         theirs: its name in the family.
         ours: our parameters, which theirs holds one after the other along the output axis.
         is_transposed: theirs is [in, out] (GPT-2's ``Conv1D``) where ours is [out, in].
+        expert: theirs is this one's matrix of our parameter, which holds those of all experts.
     """
 
     theirs: str
     ours: tuple[str, ...]
     is_transposed: bool = False
+    expert: int | None = None
 
     def to_theirs(self, tensors: list[Tensor]) -> Tensor:
         """Ours → theirs."""
+        if self.expert is not None:
+            return tensors[0][self.expert]
         joined = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         return joined.t() if self.is_transposed else joined
 
@@ -45,6 +53,8 @@ class Rule:
 def rules(model_type: str, config: MegatronModelConfig) -> list[Rule]:
     """Every tensor of the family for this config, in the order of the model."""
     layer_rules = _gpt2_layer if model_type == "gpt2" else _llama_layer
+    if model_type in MOE_FAMILIES:
+        layer_rules = partial(_moe_layer, model_type)
     is_gpt2 = model_type == "gpt2"
     result = [Rule("transformer.wte.weight" if is_gpt2 else "model.embed_tokens.weight", (EMBEDDING,))]
     if is_gpt2:
@@ -79,31 +89,52 @@ def _gpt2_layer(index: int, config: MegatronModelConfig) -> list[Rule]:
 
 def _llama_layer(index: int, config: MegatronModelConfig) -> list[Rule]:
     names = {
-        "input_layernorm.weight": "attention_norm.weight",
-        "self_attn.q_proj.weight": "attention.query.weight",
-        "self_attn.k_proj.weight": "attention.key.weight",
-        "self_attn.v_proj.weight": "attention.value.weight",
-        "self_attn.o_proj.weight": "attention.output.weight",
-        "post_attention_layernorm.weight": "mlp_norm.weight",
-        "mlp.gate_proj.weight": "mlp.gate.weight",
-        "mlp.up_proj.weight": "mlp.up.weight",
-        "mlp.down_proj.weight": "mlp.down.weight",
+        "input_layernorm": "attention_norm",
+        "self_attn.q_proj": "attention.query",
+        "self_attn.k_proj": "attention.key",
+        "self_attn.v_proj": "attention.value",
+        "self_attn.o_proj": "attention.output",
+        "post_attention_layernorm": "mlp_norm",
     }
+    if config.qk_normalization:
+        names |= {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
+    if not has_experts(config, index):
+        names |= {f"mlp.{name}_proj": f"mlp.{name}" for name in ("gate", "up", "down")}
     biased = [
         *(("q_proj", "k_proj", "v_proj") if config.attention_bias else ()),
         *(("o_proj",) if config.has_attention_output_bias else ()),
         *(("gate_proj", "up_proj", "down_proj") if config.mlp_bias else ()),
     ]
-    for theirs, ours in list(names.items()):
-        if any(f".{name}." in theirs for name in biased):
-            names[theirs.replace(".weight", ".bias")] = ours.replace(".weight", ".bias")
-    if config.qk_normalization:
-        names["self_attn.q_norm.weight"] = "attention.query_norm.weight"
-        names["self_attn.k_norm.weight"] = "attention.key_norm.weight"
-    return [
-        Rule(f"model.layers.{index}.{theirs}", (f"layers.{index}.{ours}",))
-        for theirs, ours in names.items()
-    ]
+    result = []
+    for theirs, ours in names.items():
+        kinds = ("weight", "bias") if theirs.split(".")[-1] in biased else ("weight",)
+        for kind in kinds:
+            rule = Rule(f"model.layers.{index}.{theirs}.{kind}", (f"layers.{index}.{ours}.{kind}",))
+            result.append(rule)
+    return result
+
+
+def _moe_layer(model_type: str, index: int, config: MegatronModelConfig) -> list[Rule]:
+    """A layer of a family with experts: in files each expert has its own matrices."""
+    rules = _llama_layer(index, config)
+    if not has_experts(config, index):
+        return rules
+    theirs, ours = f"model.layers.{index}.{moe_prefix(model_type)}.", f"layers.{index}.mlp."
+    rules.append(Rule(f"{theirs}gate.weight", (f"{ours}router.weight",)))
+    if config.router_load_balancing == "bias":
+        bias = f"{ours}router.selection_bias"
+        rules.append(Rule(f"{theirs}gate.e_score_correction_bias", (bias,)))
+    for name, matrix in expert_matrices(model_type).items():
+        rules += [
+            Rule(f"{theirs}experts.{expert}.{matrix}.weight", (f"{ours}experts.{name}",), expert=expert)
+            for expert in range(config.num_experts or 0)
+        ]
+    if config.num_shared_experts:
+        rules += [
+            Rule(f"{theirs}shared_experts.{name}_proj.weight", (f"{ours}shared.{name}.weight",))
+            for name in ("gate", "up", "down")
+        ]
+    return rules
 
 
 def export_tensors(
@@ -116,8 +147,10 @@ def export_tensors(
         config: the architecture.
         read: our parameter by name.
     """
-    for rule in rules(model_type, config):
-        yield rule.theirs, rule.to_theirs([read(name) for name in rule.ours])
+    for ours, group in groupby(rules(model_type, config), key=lambda rule: rule.ours):
+        tensors = [read(name) for name in ours]  # once for all experts
+        for rule in group:
+            yield rule.theirs, rule.to_theirs(tensors)
 
 
 def import_tensors(
@@ -139,8 +172,16 @@ def import_tensors(
         raise CheckpointError(f"{where}: the weights do not fit config.json: {shown}.")
     state: dict[str, Tensor] = {}
     for rule, name in wanted.items():
-        if name is not None:
+        if name is None:
+            continue
+        if rule.expert is None:
             state.update(zip(rule.ours, rule.to_ours(source.read(name))))
+            continue
+        matrix = source.read(name)
+        (ours,) = rule.ours
+        if ours not in state:
+            state[ours] = matrix.new_empty(config.num_experts or 0, *matrix.shape)
+        state[ours][rule.expert] = matrix
     return state
 
 
