@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,18 @@ class ExpertLoad:
     @property
     def shares(self) -> list[list[float]]:
         """Load of each expert of each layer, relative to the mean load of its layer."""
-        return (self.counts / self.counts.mean(dim=1, keepdim=True)).tolist()
+        return (self.counts / self.counts.mean(dim=1, keepdim=True).clamp_min(1e-9)).tolist()
+
+
+def merge_loads(loads: Sequence[ExpertLoad]) -> ExpertLoad:
+    """The load of several steps together."""
+    tokens = [float(load.counts.sum()) for load in loads]
+    total = max(1.0, sum(tokens))
+    return ExpertLoad(
+        torch.stack([load.counts for load in loads]).sum(dim=0),
+        sum(count * load.balance_loss for count, load in zip(tokens, loads)) / total,
+        sum(count * load.z_loss for count, load in zip(tokens, loads)) / total,
+    )
 
 
 class Routing:

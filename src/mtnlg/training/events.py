@@ -30,6 +30,23 @@ class RunStart:
 
 
 @dataclass(frozen=True)
+class ExpertMetrics:
+    """How the experts were used, over all ranks.
+
+    Args:
+        balance_loss: mean over tokens and layers, without its coefficient; 1 is an equal load.
+        z_loss: mean squared log-sum-exp of the routers' logits, without its coefficient.
+        largest_load: of the busiest expert of any layer, relative to the mean load of its layer.
+        loads: of each expert of each layer that has experts, likewise.
+    """
+
+    balance_loss: float
+    z_loss: float
+    largest_load: float
+    loads: list[list[float]]
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """One training step, or the mean over the steps since the last line of ``metrics.jsonl``.
 
@@ -50,6 +67,7 @@ class StepMetrics:
         seconds: training time so far.
         progress: share of the run that is over.
         eta_seconds: expected time to the end; ``None`` at the very beginning.
+        experts: how they were used; ``None`` in a dense model.
     """
 
     step: int
@@ -68,6 +86,7 @@ class StepMetrics:
     seconds: float
     progress: float
     eta_seconds: float | None
+    experts: ExpertMetrics | None = None
 
 
 @dataclass(frozen=True)

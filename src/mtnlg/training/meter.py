@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from mtnlg.config import RunConfig
 from mtnlg.parallel.mesh import Mesh
-from mtnlg.training.events import StepMetrics
+from mtnlg.parallel.routing import ExpertLoad, merge_loads
+from mtnlg.training.events import ExpertMetrics, StepMetrics
 from mtnlg.training.flops import hardware_flops_per_token, model_flops_per_token
 from mtnlg.training.metrics import peak_memory_bytes
 from mtnlg.training.peak import measure_peak, peak_flops
@@ -110,6 +112,7 @@ class Meter:
             seconds=position.seconds,
             progress=progress,
             eta_seconds=self._eta(progress),
+            experts=_expert_metrics([outcome.expert_load]),
         )
 
     def log_line(self, last: StepMetrics) -> StepMetrics:
@@ -131,6 +134,7 @@ class Meter:
             mean,
             loss=sum(tokens * outcome.loss for tokens, outcome in applied) / weight,
             gradient_norm=sum(outcome.gradient_norm for _, outcome in applied) / len(applied),
+            experts=_expert_metrics([outcome.expert_load for _, outcome in applied]),
         )
 
     def _look_for_a_higher_peak(self) -> None:
@@ -151,3 +155,13 @@ class Meter:
             return None
         began, at = self._begin
         return (now - began) / (progress - at) * (1.0 - progress) if progress > at else None
+
+
+def _expert_metrics(loads: Sequence[ExpertLoad | None]) -> ExpertMetrics | None:
+    """The metrics of some steps together; ``None`` in a dense model."""
+    given = [load for load in loads if load is not None]
+    if not given:
+        return None
+    load = merge_loads(given)
+    shares = [[round(share, 4) for share in layer] for layer in load.shares]
+    return ExpertMetrics(load.balance_loss, load.z_loss, max(map(max, shares)), shares)

@@ -74,7 +74,8 @@ class JsonlWriter(TrainingCallback):
     def on_log(self, metrics: StepMetrics) -> None:
         """Append one line of means."""
         values = asdict(metrics)
-        for key in ("progress", "eta_seconds", "skipped"):
+        unsaid = ["progress", "eta_seconds", "skipped", *(["experts"] if metrics.experts is None else [])]
+        for key in unsaid:
             del values[key]
         self._append(self._metrics, {"kind": "train", **values})
 
@@ -139,6 +140,9 @@ class TensorBoardWriter(TrainingCallback):
         names = "loss learning_rate gradient_norm batch_size tokens_per_second mfu hfu memory_bytes"
         for name in f"{names} loss_scale tokens".split():
             self._writer.add_scalar(f"train/{name}", getattr(metrics, name), metrics.step)
+        if metrics.experts is not None:
+            for name in ("balance_loss", "z_loss", "largest_load"):
+                self._writer.add_scalar(f"experts/{name}", getattr(metrics.experts, name), metrics.step)
 
     def on_validation(self, metrics: ValidationMetrics) -> None:
         """Write one evaluation."""

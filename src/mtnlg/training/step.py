@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mtnlg.config import OptimizerConfig, TrainingError
 from mtnlg.parallel.model import ParallelModel
+from mtnlg.parallel.routing import ExpertLoad
 from mtnlg.tokens.batch import Batch
 from mtnlg.training.loss_scale import LossScale
 from mtnlg.training.optimizers import Optimizer
@@ -21,11 +22,13 @@ class StepOutcome:
         loss: mean cross entropy over all valid tokens of the step, nats.
         gradient_norm: global norm before clipping, without the loss scale.
         applied: false where a loss or gradient was not finite, and the step changed nothing.
+        expert_load: how the step used the experts; ``None`` in a dense model.
     """
 
     loss: float
     gradient_norm: float
     applied: bool
+    expert_load: ExpertLoad | None = None
 
 
 class TrainingStep:
@@ -74,14 +77,17 @@ class TrainingStep:
         total = self.model.forward_backward(batches, max(1, num_valid_tokens), scale)
         summed = self.model.mesh.sum_of_loss(total.detach().clone())
         norm = float(self.model.gradient_norm()) / scale
+        expert_load = self.model.expert_load()
         loss = float(summed) / max(1, num_valid_tokens)
         applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
             clipping = max(1.0, norm / self.clip_norm) if self.clip_norm > 0.0 else 1.0
             self.optimizer.step(factor, scale * clipping)
+            if expert_load is not None:
+                self.model.move_router_biases(expert_load)
         self.optimizer.zero_grad()
         self._count(applied)
-        return StepOutcome(loss, norm, applied)
+        return StepOutcome(loss, norm, applied, expert_load)
 
     def _count(self, applied: bool) -> None:
         self.loss_scale.update(applied)
