@@ -37,9 +37,7 @@ def gradients_with(
 def _gradients(model: ParallelModel) -> dict[str, Any]:
     """What this rank holds of them."""
     return {
-        name: (weight.grad._local_tensor if isinstance(weight.grad, DTensor) else weight.grad)
-        .numpy()
-        .copy()
+        name: getattr(weight.grad, "_local_tensor", weight.grad).numpy().copy()
         for name, weight in model.named_parameters()
         if weight.grad is not None
     }
