@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from mtnlg.config import RunConfig
     from mtnlg.training import TrainResult
 
 EXAMPLE = """
 mtnlg train recipes/poems.yaml --data.sources poems.jsonl --run_dir runs/poems
 mtnlg train recipes/poems.yaml --data.sources poems.jsonl --stop.minutes=15 --precision.dtype bf16
 mtnlg train recipes/poems.yaml --data.sources poems.jsonl --layout.tensor_parallel_size 2
+mtnlg train recipes/poems.yaml --data.sources poems.jsonl --layout=auto
 mtnlg train runs/poems/config.yaml
 """
 SWITCHES = ("print_config", "prepare", "fresh")
@@ -71,7 +74,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 
 def run(arguments: Namespace) -> int:
     """Train, with live progress, and say what to do next."""
-    config = arguments.run_config
+    config = _with_layout(arguments.run_config)
     if arguments.print_config:
         from mtnlg.config.load import dump_run_config
 
@@ -94,6 +97,18 @@ def run(arguments: Namespace) -> int:
     if os.environ.get("RANK", "0") == "0":  # under torchrun every rank comes here
         _say_what_is_next(result)
     return result.exit_code
+
+
+def _with_layout(config: RunConfig) -> RunConfig:
+    """``config`` with ``layout: auto`` resolved, and why it became what it is."""
+    if not config.layout.auto:
+        return config  # without importing torch
+    from mtnlg.planning import resolve_auto_layout
+
+    config, reasons = resolve_auto_layout(config)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(["layout: auto", *(f"  {reason}" for reason in reasons)]), file=sys.stderr)
+    return config
 
 
 def _say_what_is_next(result: TrainResult) -> None:

@@ -33,6 +33,8 @@ class LayoutConfig:
     (replicas, and parts of the context) share the experts between them.
 
     Args:
+        auto: choose the sizes for the devices that are there (``layout: auto`` in a recipe);
+            ``mtnlg.planning.resolve_auto_layout`` does, and ``mtnlg train`` calls it.
         tensor_parallel_size: ranks that share each layer's matrices (keep it within one node).
         pipeline_parallel_size: ranks that the layers are divided over.
         data_parallel_size: replicas; ``None`` is the ranks present divided by the other sizes
@@ -63,6 +65,7 @@ class LayoutConfig:
         ConfigError: naming every value that is out of range.
     """
 
+    auto: bool = False
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     data_parallel_size: int | None = None
@@ -97,6 +100,12 @@ class LayoutConfig:
                 listed = ", ".join(str(choice) for choice in valid if choice)
                 problems.append(f"layout.{name} is {getattr(self, name)!r}: choose one of {listed}.")
         problems += _pipeline_layout_problems(self.pipeline_layout)
+        for name in [*sizes, "pipeline_layout"] if self.auto else ():
+            if getattr(self, name) not in (1, None):
+                problems.append(
+                    f"layout.{name} is {getattr(self, name)}: with layout.auto it is chosen; leave it out, "
+                    "or say layout.auto: false."
+                )
         if problems:
             raise ConfigError(problems)
 

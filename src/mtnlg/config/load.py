@@ -40,10 +40,12 @@ def load_run_config(path: str | Path | None = None, overrides: Sequence[str] = (
         NotYetError: the only thing wrong is a setting that this version cannot do yet.
     """
     values, places, problems = _read_recipe(path)
+    _write_auto_out(values)
     section_names = {name for name, hint in field_types(RunConfig).items() if _is_section(hint)}
     for name, text in _split_overrides(overrides):
         value = parse_value(text) if name in section_names else OverrideText(text)
         _place(values, name, value, problems)
+        _write_auto_out(values)
         places[name] = f"--{name}"
     return _build(values, places, problems)
 
@@ -123,6 +125,12 @@ def _place(values: dict[str, Any], name: str, value: Any, problems: list[str]) -
             return
         values = inner
     values[last] = value
+
+
+def _write_auto_out(values: dict[str, Any]) -> None:
+    """``layout: auto`` is short for ``layout: {auto: true}``."""
+    if values.get("layout") == "auto":
+        values["layout"] = {"auto": True}
 
 
 def _build(values: dict[str, Any], places: dict[str, str], problems: list[str]) -> RunConfig:

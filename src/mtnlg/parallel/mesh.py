@@ -195,6 +195,11 @@ def resolve_layout(layout: LayoutConfig, device_type: str) -> LayoutConfig:
     Raises:
         ConfigError: the layout does not fit the ranks or devices that are there.
     """
+    if layout.auto:
+        raise ConfigError(
+            "layout is auto: choose one first, with mtnlg.planning.resolve_auto_layout(config), as "
+            "mtnlg train does."
+        )
     present = ranks_present()
     model_parallel = layout.model_parallel_size
     if layout.data_parallel_size is None:
