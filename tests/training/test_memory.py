@@ -49,7 +49,7 @@ def test_step_never_holds_the_logits_of_all_tokens():
     assert int(done.stdout) < 0.5 * whole_logits  # a plain loss holds them three times
 
 
-@pytest.mark.parametrize("what", ["selective", "full"])
+@pytest.mark.parametrize("what", ["selective", "operators", "budget", "full"])
 def test_recomputation_changes_no_number(tmp_path, what):
     """Dropout included: the masks of the second forward pass are those of the first."""
     config, losses = small_config(tmp_path), []

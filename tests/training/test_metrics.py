@@ -48,6 +48,18 @@ def test_selective_recomputation_adds_attention_alone():
     assert added == pytest.approx(0.016, abs=0.001)  # of a forward pass: arXiv 2205.05198, MT-NLG
 
 
+def test_recomputed_operators_add_their_products():
+    h, s, layers = 20480, 2048, 105
+    least = model_flops_per_token(MT_NLG, s)
+
+    def added(*operators: str) -> float:
+        return hardware_flops_per_token(MT_NLG, s, "operators", operators) - least
+
+    assert added("normalization", "activation") == 0.0
+    assert added("attention") == 4 * s * h * layers
+    assert added("linear") == (4 * s * h + 2 * (3 + 4) * h * h) * layers  # Q, K, V and the MLP's first
+
+
 def test_flops_of_grouped_queries_and_gates_are_those_of_their_matrices():
     config = MegatronModelConfig.from_preset("llama3-8b")
     per_token = model_flops_per_token(config, 8192)

@@ -142,7 +142,12 @@ def measure_layers(
 
 
 def measure_on_rank(
-    config: MegatronModelConfig, layout: LayoutConfig, switches: TrainingConfig, batch: int, sequence: int
-) -> list[int]:
-    """:func:`measure_layers` on one of the ranks of ``layout``, on a CPU."""
-    return measure_layers(config, build_mesh(layout), switches, batch, sequence)
+    config: MegatronModelConfig,
+    layout: LayoutConfig,
+    switches: list[TrainingConfig],
+    batch: int,
+    sequence: int,
+) -> list[list[int]]:
+    """:func:`measure_layers` for each of ``switches`` on one of the ranks of ``layout``, on a CPU."""
+    mesh = build_mesh(layout)
+    return [measure_layers(config, mesh, each, batch, sequence) for each in switches]

@@ -9,10 +9,11 @@ count recomputation; hardware FLOPs (for HFU) do (Chowdhery et al., arXiv 2204.0
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mtnlg.config import MegatronModelConfig
-from mtnlg.config.moe import mlp_weights
+from mtnlg.config.moe import has_experts, mlp_weights
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,36 @@ def model_flops_per_token(config: MegatronModelConfig, sequence_length: int) -> 
 
 
 def hardware_flops_per_token(
-    config: MegatronModelConfig, sequence_length: int, recomputation: str = "none"
+    config: MegatronModelConfig,
+    sequence_length: int,
+    recomputation: str = "none",
+    operators: Collection[str] = (),
 ) -> float:
     """Operations that training one token executes.
 
     Args:
         config: the architecture.
         sequence_length: tokens of one sequence.
-        recomputation: ``none``, ``selective`` (attention is run forward twice) or ``full`` (all layers
-            are, the head is not).
+        recomputation: ``training.activation_recomputation``. The head never is recomputed; what
+            ``budget`` recomputes is decided later, and not counted.
+        operators: ``training.recomputed_operators``, where ``recomputation`` is ``operators``.
     """
     forward = forward_flops(config, sequence_length)
-    again = {
-        "none": 0.0,
-        "selective": forward.attention,
-        "full": forward.linear + forward.attention,
-    }[recomputation]
+    recomputed = {"selective": {"attention"}, "operators": set(operators)}.get(recomputation, set())
+    again = 0.0
+    if recomputation == "full":
+        again = forward.linear + forward.attention
+    elif recomputed & {"attention", "linear"}:
+        again = forward.attention
+    if "linear" in recomputed:
+        again += _first_matrices_flops(config)
     return model_flops_per_token(config, sequence_length) + again
+
+
+def _first_matrices_flops(config: MegatronModelConfig) -> float:
+    """Of the linear layers before attention and before the activation (of experts: none)."""
+    heads = config.num_attention_heads + 2 * config.key_value_heads
+    layers = config.num_hidden_layers
+    dense = sum(not has_experts(config, layer) for layer in range(layers))
+    columns = heads * config.head_size * layers + (2 if config.is_gated else 1) * config.ffn_size * dense
+    return 2.0 * config.hidden_size * columns

@@ -63,7 +63,10 @@ class Meter:
         self.peak = layout_peak_flops(mesh, compute_dtype(config.precision.dtype))
         self.model_flops = model_flops_per_token(config.model, length)
         self.hardware_flops = hardware_flops_per_token(
-            config.model, length, config.training.activation_recomputation
+            config.model,
+            length,
+            config.training.activation_recomputation,
+            config.training.recomputed_operators,
         )
         self.learning_rate = config.optimizer.learning_rate
         self.sequence_length = length
