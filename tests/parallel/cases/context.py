@@ -6,6 +6,9 @@ from tests.parallel.parity import FAMILIES, Case
 
 ALL_TO_ALL = {"context_parallel_method": "all_to_all"}
 METHODS = ({}, ALL_TO_ALL)
+BF16 = {
+    "dtype": "bf16"
+}  # 8 bits, and three steps of AdamW on top: weights differ by up to a tenth of a step
 MANY_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
 
 SLICE = [
@@ -68,10 +71,10 @@ CASES = [
         for method in METHODS
     ),
     *(
-        Case(context=2, family=family, layout=method, precision={"dtype": "bf16"}, documents=True)
+        Case(context=2, family=family, layout=method, precision=BF16, documents=True, bound=0.1)
         for family in FAMILIES
         for method in METHODS
     ),
-    Case(tensor=2, context=2, data=2, precision={"dtype": "bf16"}, documents=True),
+    Case(tensor=2, context=2, data=2, precision=BF16, documents=True, bound=0.1),
     Case(context=2, pipeline=2, micro_batches=4, documents=True),
 ]
