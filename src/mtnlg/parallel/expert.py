@@ -56,6 +56,8 @@ def divide_experts(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
             block.run_experts = ExpertExchange(mesh.axis("expert").get_group())
         if mesh.context_size > 1:
             block.router.losses.sum_of_parts = partial(_sum, mesh.axis("context").get_group())
+        # How many tokens go to each expert is known only when they do: nothing here for a compiler.
+        block.forward = torch.compiler.disable(block.forward)  # type: ignore[method-assign]
 
 
 def experts_axes(mesh: Mesh) -> DeviceMesh:
