@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from tests.parallel.parity import layout_fields
 from tests.parallel.workers import SEED, make_batches, mesh_of
 from torch import Tensor, nn
 
 from mtnlg.config import MegatronModelConfig, TrainingConfig
 from mtnlg.parallel import ParallelModel, lay_out
+from mtnlg.parallel.async_tensor import linear_then_bias
+from mtnlg.parallel.exchange import TensorAxis
 from mtnlg.parallel.gradients import local_part
 from mtnlg.tokens.batch import Batch
 
@@ -17,7 +21,7 @@ SEQUENCE = 8
 
 
 def dropout_masks(
-    model_fields: dict[str, Any], layout_fields: dict[str, Any], switches: dict[str, Any], steps: list[int]
+    model_fields: dict[str, Any], layout: dict[str, Any], switches: dict[str, Any], steps: list[int]
 ) -> list[dict[str, list[Any]]]:
     """What was dropped in each of the ``steps``: every pass of every dropout, in the order of passes.
 
@@ -25,7 +29,7 @@ def dropout_masks(
     ``gradients``: this rank's, of the unwatched model.
     """
     config = MegatronModelConfig(**model_fields)
-    model = lay_out(config, mesh_of(layout_fields), SEED, switches=TrainingConfig(**switches))
+    model = lay_out(config, mesh_of(layout), SEED, switches=TrainingConfig(**switches))
     batches = make_batches(config.vocab_size, 2, SEQUENCE, False, 1, 1)[0]
     gradients = {step: _gradients(model, batches, step) for step in steps}
     masks: dict[str, list[Any]] = {"embedding": [], "hidden": [], "attention": []}
@@ -82,35 +86,68 @@ def _watched(function: Any, masks: list[Any]) -> Any:
     return watched
 
 
-def bias_of_output(model_fields: dict[str, Any], layout_fields: dict[str, Any]) -> float:
+def bias_of_output(model_fields: dict[str, Any], layout: dict[str, Any]) -> float:
     """Largest element that the last projection of a block adds when its matrix is zero and its bias 1."""
     config = MegatronModelConfig(**model_fields)
-    model = lay_out(config, mesh_of(layout_fields), SEED)
+    model = lay_out(config, mesh_of(layout), SEED)
     layer = model.decoder.layers["0"]
     with torch.no_grad():
         for projection in (layer.attention.output, layer.mlp.down):
             projection.weight.zero_()
             projection.bias.fill_(1.0)
-        length = SEQUENCE // (2 if layout_fields.get("sequence_parallel", True) else 1)
+        length = SEQUENCE // (2 if layout.get("sequence_parallel", True) else 1)
         hidden = torch.zeros(1, length, config.hidden_size)
         added = [layer.attention(hidden), layer.mlp(hidden)]
     assert all(torch.equal(item, torch.full_like(item, item.flatten()[0].item())) for item in added)
     return sum(item.flatten()[0].item() for item in added)
 
 
-def shapes_of(model_fields: dict[str, Any], layout_fields: dict[str, Any]) -> dict[str, Any]:
+def shapes_of(model_fields: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     """Whole shapes by name, and how many numbers this rank holds of each."""
-    model = lay_out(MegatronModelConfig(**model_fields), mesh_of(layout_fields), SEED)
+    model = lay_out(MegatronModelConfig(**model_fields), mesh_of(layout), SEED)
     return {
         name: (tuple(item.shape), item.to_local().numel(), str(item.placements))  # type: ignore[attr-defined]
         for name, item in model.named_parameters()
     }
 
 
-def logits_of(model_fields: dict[str, Any], layout_fields: dict[str, Any]) -> Any:
+def logits_of(model_fields: dict[str, Any], layout: dict[str, Any]) -> Any:
     """Logits of the first batch, as this rank gets them."""
     config = MegatronModelConfig(**model_fields)
-    model = lay_out(config, mesh_of(layout_fields), SEED).eval()
+    model = lay_out(config, mesh_of(layout), SEED).eval()
     (batch,) = make_batches(config.vocab_size, 2, SEQUENCE, False, 1, 1)[0]
     with torch.no_grad():
         return model.stages[0](batch.input_ids).numpy().copy()
+
+
+def exchanges_after_the_compiler() -> dict[str, int]:
+    """What the compiler makes of a block's exchanges, forward and backward, as for a GPU.
+
+    The graph is traced without data and nothing is sent: the operators need GPUs to run.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.micro_pipeline_tp import micro_pipeline_tp_pass
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch.distributed._symmetric_memory import _test_mode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    axis = TensorAxis(mesh_of(layout_fields(2, 1, 1)).axis("tensor"), splits_sequence=True)
+
+    def block(*inputs: Tensor) -> tuple[Tensor, ...]:
+        hidden, up, bias, down = (item.detach().requires_grad_() for item in inputs)
+        columns = nn.functional.gelu(linear_then_bias(axis.enter(hidden), up, bias))
+        output = axis.leave(linear_then_bias(columns, down, None))
+        return output, *torch.autograd.grad(output.sum(), (hidden, up, bias, down))
+
+    shapes = [(2, 8, 16), (32, 16), (32,), (16, 32)]
+    inputs = [torch.empty(*shape, device="meta") for shape in shapes]
+    graph = make_fx(block, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+    view_to_reshape(graph)
+    with _test_mode(), patch("torch.distributed.is_nccl_available", return_value=True):
+        micro_pipeline_tp_pass(graph.graph)
+    targets = [str(node.target) for node in graph.graph.nodes]
+    return {
+        "gathers": sum("fused_all_gather_matmul" in target for target in targets),
+        "scatters": sum("fused_matmul_reduce_scatter" in target for target in targets),
+        "left": sum("_c10d_functional" in target for target in targets),
+    }

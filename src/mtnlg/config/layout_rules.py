@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from mtnlg.config.context_rules import context_problems
+from mtnlg.config.data_rules import data_parallel_problems, float8_problems
 from mtnlg.config.expert_rules import expert_layout_problems, has_dense_layers
 from mtnlg.config.layout import LayoutConfig
 from mtnlg.config.model import MegatronModelConfig
 from mtnlg.config.pipeline_rules import pipeline_problems
+from mtnlg.config.tensor_rules import async_tensor_problems
 from mtnlg.config.training import PrecisionConfig, TrainingConfig
 
 
@@ -53,7 +55,10 @@ def layout_problems(
             f"data.sequence_length is {sequence_length}: with layout.sequence_parallel it must be "
             f"divisible by layout.tensor_parallel_size ({tensor})."
         )
+    problems += async_tensor_problems(layout, training or TrainingConfig())
     problems += context_problems(layout, model, sequence_length)
     problems += expert_layout_problems(layout, model)
+    problems += data_parallel_problems(layout)
+    problems += float8_problems(layout, model, precision or PrecisionConfig())
     problems += pipeline_problems(layout, model, micro_batches, training or TrainingConfig())
     return problems

@@ -7,6 +7,7 @@ import torch
 from mtnlg.config import MegatronModelConfig, PrecisionConfig, TrainingConfig
 from mtnlg.config.pipeline_rules import splits_backward
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.parallel.async_tensor import use_async_tensor_parallel
 from mtnlg.parallel.context import share_context
 from mtnlg.parallel.cpu_kernels import use_cpu_kernels
 from mtnlg.parallel.data import shard_over_replicas
@@ -59,7 +60,7 @@ def _lay_out_stage(
     with torch.device("meta"):
         decoder = MegatronLmDecoder(config)
     cut_stage(decoder, mesh.layout, number)
-    split_matrices(decoder, mesh)
+    split_matrices(decoder, mesh, use_async_tensor_parallel(mesh, switches))
     if mesh.device.type == "cpu":
         use_cpu_kernels(decoder, is_divided=mesh.tensor_size > 1, runs_once=not splits_backward(mesh.layout))
     if splits_backward(mesh.layout):

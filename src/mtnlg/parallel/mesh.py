@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mtnlg.config import ConfigError, LayoutConfig
 from mtnlg.config.expert_rules import sharing_problems
+from mtnlg.config.tensor_rules import NEEDS_GPUS, refusal
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 WEIGHT_AXES = ("weight_pipeline", "weight_copy", "weight_part", "weight_tensor")
@@ -200,6 +201,8 @@ def resolve_layout(layout: LayoutConfig, device_type: str) -> LayoutConfig:
             "layout is auto: choose one first, with mtnlg.planning.resolve_auto_layout(config), as "
             "mtnlg train does."
         )
+    if layout.async_tensor_parallel and device_type == "cpu":
+        raise ConfigError(refusal(NEEDS_GPUS))
     present = ranks_present()
     model_parallel = layout.model_parallel_size
     if layout.data_parallel_size is None:

@@ -25,6 +25,7 @@ from mtnlg.model import DecoderLayer, MegatronLmDecoder
 from mtnlg.model.attention import Attention
 from mtnlg.model.decoder import Embedding, Head
 from mtnlg.model.mlp import Mlp
+from mtnlg.parallel.async_tensor import linear_then_bias
 from mtnlg.parallel.cpu_linear import onednn_linear
 from mtnlg.parallel.exchange import TensorAxis
 from mtnlg.parallel.mesh import Mesh
@@ -35,12 +36,20 @@ COLUMN, ROW, COPY = Shard(0), Shard(1), Replicate()
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def split_matrices(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
-    """Divide ``decoder`` over the tensor-parallel ranks, in place."""
+def split_matrices(decoder: MegatronLmDecoder, mesh: Mesh, sends_while_multiplying: bool = False) -> None:
+    """Divide ``decoder`` over the tensor-parallel ranks, in place.
+
+    Args:
+        decoder: the model, or one stage of it.
+        mesh: this rank's place.
+        sends_while_multiplying: whether asynchronous tensor parallelism is on.
+    """
     if mesh.tensor_size == 1:
         return
     axis = TensorAxis(mesh.axis("tensor"), mesh.layout.sequence_parallel)
     product: Product = onednn_linear if mesh.device.type == "cpu" else F.linear
+    if sends_while_multiplying:
+        product = linear_then_bias
     if decoder.embedding is not None:
         _split_embedding(decoder.embedding, axis)
     for layer in decoder.layers.values():
