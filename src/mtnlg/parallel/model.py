@@ -102,6 +102,8 @@ class ParallelModel:
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's weights by the plain model's names, sharing memory: save from it, load into it."""
+        if self._keeper is not None:
+            self._keeper.expect_writes()
         weights = {name: item.detach() for name, item in self._parameters.items()}
         return weights | self._routing.biases()
 
