@@ -32,7 +32,7 @@ from mtnlg.parallel import build_mesh, launch, lay_out
 from mtnlg.tokens.batch import Batch
 from mtnlg.training.loss_scale import LossScale
 from mtnlg.training.optimizers import Optimizer
-from mtnlg.training.saving import CheckpointSaver
+from mtnlg.training.saving import CheckpointSaver, Parts
 from mtnlg.training.step import TrainingStep
 
 LAYERS, HIDDEN, HEADS, VOCAB, SEQUENCE, BATCH = 6, 384, 6, 8192, 256, 4
@@ -86,12 +86,14 @@ def measure(layout: LayoutConfig, folder: str, rounds: int, threads: int) -> dic
         training.run([Batch(ids, ids)], rows * SEQUENCE * mesh.num_replicas, 1.0)
         return time.perf_counter() - begun
 
-    parts = {"weights": model.state_dict(), "optimizer": optimizer.state_dict()}
+    def parts() -> Parts:
+        return {"weights": model.state_dict(), "optimizer": optimizer.state_dict()}
+
     savers = {
         kind: CheckpointSaver(folder, CheckpointConfig(asynchronous=kind == "asynchronous"), mesh)
         for kind in ("waited for", "asynchronous")
     }
-    savers["asynchronous"].prepare(parts)
+    savers["asynchronous"].prepare(parts())
     step()
     savers["asynchronous"].wait()
     times: dict[str, Times] = {kind: {"still": [], "save": [], "step": []} for kind in savers}
@@ -99,16 +101,18 @@ def measure(layout: LayoutConfig, folder: str, rounds: int, threads: int) -> dic
     for number in range(rounds):
         for kind, saver in savers.items():
             mesh.barrier()
-            saver.save(2 * number + 1 + (kind == "asynchronous"), parts, {"format": 1})
+            begun = time.perf_counter()
+            saver.save(2 * number + 1 + (kind == "asynchronous"), parts(), {"format": 1})
+            still = time.perf_counter() - begun
             steps = [step() for _ in range(4)] if kind == "asynchronous" else []
             saver.wait()
-            times[kind]["still"].append(saver.waited_seconds)
+            times[kind]["still"].append(still)
             times[kind]["save"].append(saver.written_seconds)
             # Steps that were over before the save was: those that it slowed down.
             during = [s for s, end in zip(steps, _ends(saver, steps)) if end <= saver.written_seconds]
             times[kind]["step"] += during
         times["none"]["step"] += [step() for _ in range(2)]
-    bytes_here = sum(t.nbytes for tensors in parts.values() for t in map(_local, tensors.values()))
+    bytes_here = sum(t.nbytes for tensors in parts().values() for t in map(_local, tensors.values()))
     times["none"]["bytes"] = [mesh.sum_over_ranks(torch.tensor(float(bytes_here))).item()]
     return times
 

@@ -100,6 +100,11 @@ class Trainer:
         self.clock = Clock(self.position.seconds)
         self._saved = (self._saved[0], self.position.seconds)
         self.saver.prepare(self._parts())
+        if self.config.training.activation_recomputation == "selective" and self.mesh.device.type == "cuda":
+            self.callbacks.on_message(
+                "training.activation_recomputation: selective changes nothing on a GPU, whose attention "
+                "kernels keep no attention weights; use operators, budget or full to keep less."
+            )
         try:
             with Interrupts(self.callbacks.on_message) as interrupts:
                 return self._train(interrupts)
