@@ -90,8 +90,8 @@ def _split_problems(layout: LayoutConfig, training: TrainingConfig) -> list[str]
     problems = []
     if training.activation_recomputation != "none":
         problems.append(
-            f"training.activation_recomputation is {training.activation_recomputation}: {apart}, and each "
-            "weight's would compute the activations again; set it to none, or use "
+            f"training.activation_recomputation is {training.activation_recomputation}: {apart}, and would "
+            "compute a layer again for each of its weights; set it to none, or use "
             "layout.pipeline_schedule: interleaved_1f1b."
         )
     if training.compile:
