@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from tests.parallel.parity import FAMILIES, Case
+from tests.parallel.parity import Case
 
 ALL_TO_ALL = {"context_parallel_method": "all_to_all"}
 METHODS = ({}, ALL_TO_ALL)
 BF16 = {
     "dtype": "bf16"
 }  # 8 bits, and three steps of AdamW on top: weights differ by up to a tenth of a step
+DENSE = ("gpt", "llama")
 MANY_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
 
 SLICE = [
@@ -27,7 +28,7 @@ CASES = [
     *(
         Case(context=size, family=family, tied=tied, layout=method, documents=documents, sequence=16)
         for size in (2, 4)
-        for family in FAMILIES
+        for family in DENSE
         for tied in (True, False)
         for method in METHODS
         for documents in (True, False)
@@ -72,9 +73,28 @@ CASES = [
     ),
     *(
         Case(context=2, family=family, layout=method, precision=BF16, documents=True, bound=0.1)
-        for family in FAMILIES
+        for family in DENSE
         for method in METHODS
     ),
     Case(tensor=2, context=2, data=2, precision=BF16, documents=True, bound=0.1),
     Case(context=2, pipeline=2, micro_batches=4, documents=True),
+    *(
+        Case(
+            context=2,
+            pipeline=2,
+            model={"num_hidden_layers": 6},
+            layout={"pipeline_schedule": schedule, **method},
+            documents=True,
+        )
+        for schedule in ("interleaved_1f1b", "zbv", "dualpipev", "interleaved_zero_bubble")
+        for method in METHODS
+    ),
+    *(
+        Case(context=2, family="llama", switches=switches, layout=method, documents=True)
+        for switches in (
+            {"activation_recomputation": "budget", "activation_memory_budget": 0.3},
+            {"activation_recomputation": "operators", "recomputed_operators": ["attention", "linear"]},
+        )
+        for method in METHODS
+    ),
 ]
