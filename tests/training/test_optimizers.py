@@ -132,3 +132,12 @@ def test_muon_equals_the_published_rule_in_float64():
 
 def test_zero_gradient_orthogonalizes_to_zero():
     assert torch.equal(orthogonalize(torch.zeros(4, 3)), torch.zeros(4, 3))
+
+
+def test_muon_takes_each_expert_by_itself():
+    matrices = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([orthogonalize(matrix) for matrix in matrices])
+    assert torch.equal(orthogonalize(matrices), each)
+    config = OptimizerConfig(name="muon", learning_rate=0.1)
+    parameters = [("layers.0.mlp.experts.up", torch.nn.Parameter(matrices))]
+    assert [group.rule for group in Optimizer(parameters, config).groups] == ["muon"]

@@ -55,11 +55,12 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Rows [rows, hidden] sorted by expert, ``counts`` [experts] of each → [rows, hidden]"""
         up = self.grouped_product(rows, self.up, counts)
-        if self.gate is None:
-            inner = self.activation(up)
-        else:
-            inner = self.activation(self.grouped_product(rows, self.gate, counts)) * up
-        return self.grouped_product(inner, self.down, counts)
+        gate = None if self.gate is None else self.grouped_product(rows, self.gate, counts)
+        return self.grouped_product(self.activate(up, gate), self.down, counts)
+
+    def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
+        """act(up), or act(gate) · up: [rows, ffn] → [rows, ffn]"""
+        return self.activation(up) if gate is None else self.activation(gate) * up
 
 
 def run_here(experts: Experts, rows: Tensor, counts: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtnlg.config import TrainingConfig
-from mtnlg.model import DecoderLayer, MegatronLmDecoder
+from mtnlg.model import DecoderLayer, Experts, MegatronLmDecoder
 from mtnlg.model.mlp import Mlp
 from mtnlg.parallel import remake
 from mtnlg.parallel.activation_budget import FULL, Budget, Level
@@ -130,11 +130,13 @@ def _set_operators(layer: DecoderLayer, keeps_random_state: bool, device: torch.
     """Make the results that may be forgotten known; whether they are is decided in each forward pass."""
     for norm in (layer.attention_norm, layer.mlp_norm):
         _set(norm, "forward", partial(remake.result_of, "normalization", norm.forward))
-    if isinstance(layer.mlp, Mlp):  # experts are computed again by ``full`` only
-        _set(layer.mlp, "activate", partial(remake.result_of, "activation", layer.mlp.activate))
-        for linear in (layer.mlp.gate, layer.mlp.up):
-            if linear is not None:
-                _set(linear, "forward", partial(remake.result_of, "linear", linear.forward))
+    for block in layer.mlp.modules():
+        if isinstance(block, (Mlp, Experts)):
+            _set(block, "activate", partial(remake.result_of, "activation", block.activate))
+        if isinstance(block, Mlp):  # the experts' own products are computed again by ``full`` only
+            for linear in (block.gate, block.up):
+                if linear is not None:
+                    _set(linear, "forward", partial(remake.result_of, "linear", linear.forward))
     attention = layer.attention
     attend = _checkpoint(_inside(attention.attend), keeps_random_state)
     _set(attention, "attend", partial(_if_remade, "linear", attend, attention.attend))

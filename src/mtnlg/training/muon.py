@@ -17,12 +17,16 @@ NEWTON_SCHULZ_ROUNDS = 5
 def orthogonalize(matrix: Tensor, rounds: int = NEWTON_SCHULZ_ROUNDS) -> Tensor:
     """Approximately ``U Vᵀ`` of the singular value decomposition ``U S Vᵀ`` of ``matrix``.
 
+    Experts' matrices [experts, rows, columns] are orthogonalised one by one.
+
     Each round is ``X ← aX + (bA + cA²)X`` with ``A = XXᵀ``, on the side where ``A`` is smaller.
 
     Args:
-        matrix: [rows, columns]; the result has its shape and dtype.
+        matrix: [rows, columns] or [experts, rows, columns]; the result has its shape and dtype.
         rounds: Newton-Schulz rounds.
     """
+    if matrix.dim() == 3:
+        return torch.stack([orthogonalize(item, rounds) for item in matrix])
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     transposed = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if transposed else matrix
