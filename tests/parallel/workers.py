@@ -205,7 +205,7 @@ def continue_training(
     training = TrainingStep(model, optimizer, optimizer_config, LossScale(PrecisionConfig()), 0)
     outcomes = []
     for number in range(step, step + num_steps):
-        batches = make_batches(config.vocab_size, 2, 8, False, 2, 2, seed=number)
+        batches = make_batches(config.vocab_size, 2, 8, False, 1, 4, seed=number)
         valid = sum(batch.num_valid_tokens for replica in batches for batch in replica)
         outcomes.append(training.run(share_of(batches, mesh), valid, factor=1.0))
     parts = {"weights": model.state_dict(), "optimizer": optimizer.state_dict()}

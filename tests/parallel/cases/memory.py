@@ -22,7 +22,6 @@ def budget(share: float) -> dict[str, Any]:
 
 NORMS = operators("normalization", "activation")
 ALL = operators("attention", "normalization", "activation", "linear")
-MOE = dict(num_experts=4, num_experts_per_token=2)
 
 SLICE = [
     Case(tensor=2, switches=NORMS),
@@ -48,7 +47,7 @@ CASES = [
         Case(
             pipeline=2,
             layout={"pipeline_schedule": schedule},
-            model={"num_hidden_layers": 6},
+            model={"num_hidden_layers": 4},
             switches=switches,
         )
         for schedule in ("interleaved_1f1b", "zbv", "dualpipev", "interleaved_zero_bubble")
@@ -58,7 +57,10 @@ CASES = [
         Case(data=2, layout={"data_parallel_sharding": name}, switches=ALL)
         for name in ("ddp", "zero2", "hybrid")
     ),
-    *(Case(expert=2, data=2, model=MOE, switches=switches) for switches in (FULL, ALL, budget(0.4))),
+    *(
+        Case(data=2, expert=2, family="moe", tied=False, switches=switches)
+        for switches in (FULL, ALL, budget(0.4))
+    ),
     *(
         Case(2, 2, 2, switches=switches, precision={"dtype": "bf16"})
         for switches in (FULL, ALL, budget(0.4))
