@@ -49,15 +49,22 @@ def float8_problems(
     if not precision.fp8:
         return []
     tensor = layout.tensor_parallel_size
+    problems = []
+    if layout.async_tensor_parallel and tensor > 1:
+        problems.append(
+            "precision.fp8 is true: layout.async_tensor_parallel cannot cut 8-bit products into pieces; "
+            "leave one of them out."
+        )
     sizes = {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_size // tensor,
         "num_attention_heads": model.head_size * (model.num_attention_heads // tensor),
         "num_key_value_heads": model.head_size * max(1, model.key_value_heads // tensor),
     }
-    return [
+    problems += [
         f"precision.fp8 is true: model.{name} gives each rank's matrices a side of {size}, which must be "
         f"a multiple of {FLOAT8_MULTIPLE}."
         for name, size in sizes.items()
         if size % FLOAT8_MULTIPLE
     ]
+    return problems

@@ -58,7 +58,9 @@ class LayoutConfig:
         data_parallel_shard_size: ranks of one group of ``hybrid``.
         context_parallel_method: ``ring`` (keys and values go round) or ``all_to_all`` (Ulysses: each
             rank gets the whole sequence of some heads).
-        cpu_offload: keep parameters, gradients and optimizer state in the CPU's memory.
+        cpu_offload: keep float32 parameters, gradients and optimizer state in the CPU's memory, where
+            the optimizer then steps. The GPU holds what it computes with: one layer at a time with
+            ``zero3`` and ``hybrid``, all weights in ``precision.dtype`` otherwise.
         backend: ``nccl``, ``gloo`` or ``None`` for what fits the device.
 
     Raises:

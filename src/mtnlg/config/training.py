@@ -145,7 +145,8 @@ class PrecisionConfig:
         dtype: ``float32``, ``bf16`` or ``fp16`` (with dynamic loss scaling).
         reduce_dtype: of gradients as they are summed over ranks: ``float32``, or ``bf16`` for half the
             messages.
-        fp8: multiply in 8-bit floats where the GPU can (through torchao); the rest stays ``dtype``.
+        fp8: multiply in 8-bit floats in the linear layers of the blocks (through torchao, on GPUs of
+            compute capability 8.9 and later); the rest stays ``dtype``.
         initial_loss_scale: fp16's first scale.
         loss_scale_window: good steps after which fp16's scale doubles.
         min_loss_scale: fp16 gives up below it.

@@ -10,9 +10,10 @@ from mtnlg.model import MegatronLmDecoder
 from mtnlg.parallel.async_tensor import use_async_tensor_parallel
 from mtnlg.parallel.context import share_context
 from mtnlg.parallel.cpu_kernels import use_cpu_kernels
-from mtnlg.parallel.data import shard_over_replicas
+from mtnlg.parallel.data import make_memory, shard_over_replicas
 from mtnlg.parallel.dropout import separate_attention_dropout
 from mtnlg.parallel.expert import divide_experts
+from mtnlg.parallel.float8 import Float8Product, check_float8, use_float8
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.parallel.pipeline import check_division, cut_stage, keep_loss_for_two_passes
@@ -40,10 +41,11 @@ def lay_out(
     """
     precision, switches = precision or PrecisionConfig(), switches or TrainingConfig()
     switches.check_device(mesh.device.type)
+    check_float8(precision, mesh.device.type)
     stages = [_lay_out_stage(config, mesh, number, precision, switches) for number in mesh.stages]
     check_division(stages, config, mesh)
     for stage in stages:
-        stage.to_empty(device=mesh.device)
+        make_memory(stage, mesh)
         stage.decoder.tie_weights()  # ``to_empty`` gives a shared parameter two memories
         initialize(stage, config, seed)
     return ParallelModel(stages, config, mesh, precision)
@@ -60,9 +62,15 @@ def _lay_out_stage(
     with torch.device("meta"):
         decoder = MegatronLmDecoder(config)
     cut_stage(decoder, mesh.layout, number)
-    split_matrices(decoder, mesh, use_async_tensor_parallel(mesh, switches))
+    float8 = Float8Product() if precision.fp8 else None
+    sends_while_multiplying = use_async_tensor_parallel(mesh, switches) and float8 is None
+    split_matrices(decoder, mesh, sends_while_multiplying, float8)
     if mesh.device.type == "cpu":
-        use_cpu_kernels(decoder, is_divided=mesh.tensor_size > 1, runs_once=not splits_backward(mesh.layout))
+        use_cpu_kernels(
+            decoder, is_divided=mesh.tensor_size > 1, runs_once=not splits_backward(mesh.layout)
+        )
+    if float8 is not None and mesh.tensor_size == 1:
+        use_float8(decoder, float8)
     if splits_backward(mesh.layout):
         keep_loss_for_two_passes(decoder)
     divide_experts(decoder, mesh)

@@ -51,11 +51,18 @@ def frees_weights(mesh: Mesh) -> bool:
     )
 
 
-def device_of_weights(mesh: Mesh) -> torch.device:
-    """Where the model's own parameters live: with FSDP and offloading the CPU."""
-    if frees_weights(mesh) and mesh.layout.cpu_offload:
-        return torch.device("cpu")
-    return mesh.device
+def make_memory(stage: Stage, mesh: Mesh) -> None:
+    """Give ``stage``, which has been on the meta device, memory without values.
+
+    Parameters that FSDP offloads live in the CPU's memory; everything else where it is computed with.
+    """
+    if not (frees_weights(mesh) and mesh.layout.cpu_offload):
+        stage.to_empty(device=mesh.device)
+        return
+    stage.to_empty(device=torch.device("cpu"))
+    for module in stage.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=mesh.device))
 
 
 def shard_over_replicas(stage: Stage, mesh: Mesh, precision: PrecisionConfig) -> None:
@@ -74,8 +81,10 @@ def shard_over_replicas(stage: Stage, mesh: Mesh, precision: PrecisionConfig) ->
     options: dict[str, Any] = {
         "mesh": mesh.axis(*axes),
         "mp_policy": MixedPrecisionPolicy(param_dtype=DTYPES[precision.dtype], reduce_dtype=reduce_dtype),
-        "offload_policy": CPUOffloadPolicy() if mesh.layout.cpu_offload else OffloadPolicy(),
+        "offload_policy": OffloadPolicy(),
     }
+    if mesh.layout.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
     frees_layers = mesh.layout.data_parallel_sharding != "zero2"
     if mesh.layout.expert_parallel_size > 1:
         own = options | {"mesh": experts_axes(mesh)}

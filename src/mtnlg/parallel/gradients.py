@@ -42,7 +42,11 @@ def sum_tied_copies(gradient: Tensor | None, mesh: Mesh) -> None:
     Both ranks add the same two numbers, so the copies stay bit-equal under any optimizer.
     """
     if gradient is not None and mesh.ends_group is not None:
-        dist.all_reduce(local_part(gradient), group=mesh.ends_group)
+        part = local_part(gradient)
+        there = part.to(mesh.device)  # offloaded gradients are in the CPU's memory
+        dist.all_reduce(there, group=mesh.ends_group)
+        if there is not part:
+            part.copy_(there)
 
 
 def gradient_norm(
@@ -64,7 +68,7 @@ def gradient_norm(
         if parameter.grad is not None and name != counted_elsewhere and _is_first_holder(parameter, mesh)
     ]
     total = torch.stack(squares).square().sum() if squares else torch.zeros((), device=mesh.device)
-    return mesh.sum_over_ranks(total).sqrt()
+    return mesh.sum_over_ranks(total.to(mesh.device)).sqrt()
 
 
 def _is_first_holder(parameter: nn.Parameter, mesh: Mesh) -> bool:

@@ -203,6 +203,11 @@ def resolve_layout(layout: LayoutConfig, device_type: str) -> LayoutConfig:
         )
     if layout.async_tensor_parallel and device_type == "cpu":
         raise ConfigError(refusal(NEEDS_GPUS))
+    if layout.cpu_offload and device_type == "cpu":
+        raise ConfigError(
+            "layout.cpu_offload is true: the weights and the optimizer state of a run on the CPU are in "
+            "the CPU's memory already. Leave it out."
+        )
     present = ranks_present()
     model_parallel = layout.model_parallel_size
     if layout.data_parallel_size is None:

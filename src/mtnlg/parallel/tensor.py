@@ -36,13 +36,19 @@ COLUMN, ROW, COPY = Shard(0), Shard(1), Replicate()
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def split_matrices(decoder: MegatronLmDecoder, mesh: Mesh, sends_while_multiplying: bool = False) -> None:
+def split_matrices(
+    decoder: MegatronLmDecoder,
+    mesh: Mesh,
+    sends_while_multiplying: bool = False,
+    layer_product: Product | None = None,
+) -> None:
     """Divide ``decoder`` over the tensor-parallel ranks, in place.
 
     Args:
         decoder: the model, or one stage of it.
         mesh: this rank's place.
         sends_while_multiplying: whether asynchronous tensor parallelism is on.
+        layer_product: what linear layers of the blocks multiply with instead of the device's best.
     """
     if mesh.tensor_size == 1:
         return
@@ -55,10 +61,10 @@ def split_matrices(decoder: MegatronLmDecoder, mesh: Mesh, sends_while_multiplyi
     for layer in decoder.layers.values():
         assert isinstance(layer, DecoderLayer)
         copy_norm(layer.attention_norm, axis, axis.stream_gradient)
-        split_attention(layer.attention, decoder.config, axis, product)
+        split_attention(layer.attention, decoder.config, axis, layer_product or product)
         copy_norm(layer.mlp_norm, axis, axis.stream_gradient)
         if isinstance(layer.mlp, Mlp):
-            split_mlp(layer.mlp, axis, product)
+            split_mlp(layer.mlp, axis, layer_product or product)
     if decoder.head is not None:
         copy_norm(decoder.head.norm, axis, axis.stream_gradient)
         _split_head(decoder.head, axis, product, gathers=not decoder.config.parallel_output)

@@ -48,6 +48,23 @@ def local_slice(whole: Tensor, parameter: Tensor) -> Tensor:
     return part
 
 
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of ``tensor``, put together from its ranks where they can reach each other; all must call."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part = tensor.to_local()
+    if part.device.type != tensor.device_mesh.device_type:  # offloaded to the CPU's memory
+        tensor = DTensor.from_local(
+            part.to(tensor.device_mesh.device_type),
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
+    return tensor.full_tensor()
+
+
 def _chunk(tensor: Tensor, parts: int, dim: int, index: int) -> Tensor:
     chunks = tensor.chunk(parts, dim)
     return chunks[index] if index < len(chunks) else tensor.narrow(dim, 0, 0)

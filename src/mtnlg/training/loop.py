@@ -12,6 +12,7 @@ import torch
 
 from mtnlg.config import ConfigError, RunConfig
 from mtnlg.config.progress import Progress, no_progress
+from mtnlg.parallel.float8 import check_float8
 from mtnlg.parallel.launch import join_slurm, launch
 from mtnlg.parallel.mesh import Mesh, build_mesh, ranks_present, resolve_layout
 from mtnlg.training.checkpoint_files import checkpoints_dir
@@ -50,6 +51,7 @@ def train(
     join_slurm()
     device_type = choose_device(config.training.device)
     config.training.check_device(device_type)
+    check_float8(config.precision, device_type)
     layout = resolve_layout(config.layout, device_type)
     replace(config, layout=layout)  # validates batch sizes against the real replicas
     if ranks_present() is not None and layout.num_ranks > 1:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from mtnlg.config import OptimizerConfig
-from mtnlg.parallel.weights import local_slice
+from mtnlg.parallel.weights import local_slice, whole_tensor
 from mtnlg.training.muon import orthogonalize, rate_factor, update_direction
 
 
@@ -105,7 +105,7 @@ def _grouped(named_parameters: Iterable[tuple[str, nn.Parameter]], config: Optim
         if not parameter.requires_grad:
             continue
         kind = "decay" if parameter.ndim >= 2 else "plain"
-        if config.name == "muon" and name.startswith("layers.") and parameter.ndim == 2:
+        if config.name == "muon" and name.startswith("layers.") and parameter.ndim >= 2:
             kind = "muon"
         groups[kind].names.append(name)
         groups[kind].parameters.append(parameter)
@@ -160,14 +160,11 @@ def _muon_step(
         if gradient is None:
             continue
         direction = update_direction(gradient / gradient_divisor, buffer, config.muon_momentum)
-        whole = _like_parameter(direction, parameter)
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        update = local_slice(orthogonalize(whole), parameter)
-        rows, columns = parameter.shape
+        update = local_slice(orthogonalize(whole_tensor(_like_parameter(direction, parameter))), parameter)
+        rows, columns = parameter.shape[-2:]
         values = local(parameter).detach()
         values.mul_(1.0 - rate * group.weight_decay)
-        values.add_(update, alpha=-rate * rate_factor(rows, columns))
+        values.add_(update.to(values.device), alpha=-rate * rate_factor(rows, columns))
 
 
 def _like_parameter(tensor: Tensor, parameter: nn.Parameter) -> Tensor:

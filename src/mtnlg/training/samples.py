@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from mtnlg.config import RunConfig
 from mtnlg.generation import SamplingRules, generate
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.parallel.model import ParallelModel
+from mtnlg.parallel.weights import whole_tensor
 from mtnlg.tokens.tokenizer import Tokenizer
 from mtnlg.training.events import Sample
 
@@ -55,7 +55,7 @@ def gather_decoder(model: ParallelModel) -> MegatronLmDecoder | None:
     mesh = model.mesh
     ours: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = whole_tensor(tensor)
         if mesh.replica == mesh.context_rank == mesh.tensor_rank == 0:
             ours[name] = whole.cpu()
     stages: list[dict[str, Tensor]] | None = [{}] * mesh.num_ranks if mesh.is_main else None

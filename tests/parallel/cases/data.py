@@ -17,6 +17,7 @@ SHARDINGS: list[dict[str, Any]] = [
 HYBRID = {"data_parallel_sharding": "hybrid", "data_parallel_shard_size": 2}
 ZERO2, ZERO3 = SHARDINGS[2:]
 BF16, FP16 = {"dtype": "bf16"}, {"dtype": "fp16", "initial_loss_scale": 1024.0}
+OFFLOAD = {"cpu_offload": True}  # on a CPU: the same steps, with masters in memory of their own
 SENT_IN_BF16 = {"reduce_dtype": "bf16"}
 
 SLICE = [
@@ -29,6 +30,8 @@ SLICE = [
     Case(data=2, precision={**BF16, **SENT_IN_BF16}, layout=SHARDINGS[0]),
     Case(data=2, precision=SENT_IN_BF16, bound=BOUNDS["bf16"]),
     Case(pipeline=2, precision=FP16),
+    Case(tensor=2, data=2, layout={**ZERO3, **OFFLOAD}),
+    Case(data=2, layout=OFFLOAD, precision=BF16),
     Case(pipeline=2, tensor=2, precision=BF16),
 ]
 
@@ -63,6 +66,14 @@ CASES = [
         Case(data=2, layout=sharding, precision=SENT_IN_BF16, bound=BOUNDS["bf16"], micro_batches=4)
         for sharding in SHARDINGS
     ),
+    *(
+        Case(*sizes, layout={**sharding, **OFFLOAD}, precision=precision)
+        for sizes in ((1, 1, 2), (2, 1, 2), (1, 2, 2))
+        for sharding in SHARDINGS
+        for precision in ({}, BF16)
+    ),
+    *(Case(*sizes, layout=OFFLOAD, precision=BF16) for sizes in ((2, 1, 1), (1, 2, 1), (2, 2, 1))),
+    Case(data=4, layout={**HYBRID, **OFFLOAD}),
     *(
         Case(context=2, data=data, layout=sharding, micro_batches=2)
         for data in (1, 2)
