@@ -144,7 +144,7 @@ class _Table:
             return tensor if self.keep is None else self.keep(tensor)
         result = found[1]
         result.uses += 1
-        return _View(result, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        return _View(result, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(saved: Any) -> Any:

@@ -87,7 +87,7 @@ class _Part:
     @property
     def bytes(self) -> memoryview:
         """Its memory."""
-        return memoryview(self.tensor.reshape(-1).view(torch.uint8).numpy())
+        return self.tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _in_files(items: list[WriteItem]) -> list[list[WriteItem]]:
