@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtnlg.config import ConfigError
+from mtnlg.generation.cache import KeyValueCache
 from mtnlg.model import MixtureOfExperts
 from mtnlg.model.router import balance_loss, count_selected, moved_bias
+from mtnlg.training.flops import forward_flops
 
 EXPERTS: dict[str, Any] = dict(
     num_experts=5,
@@ -23,6 +25,7 @@ EXPERTS: dict[str, Any] = dict(
     normalization="rmsnorm",
     position_embedding="rotary",
 )
+DENSE = {name: value for name, value in EXPERTS.items() if "expert" not in name and "moe" not in name}
 IDS = torch.randint(0, 53, (3, 11), generator=torch.Generator().manual_seed(4))
 
 
@@ -195,6 +198,22 @@ def test_the_bias_chooses_and_does_not_weigh(make_moe):
     assert selected.unique().tolist() == [3]
     scores = (hidden @ block.router.weight.t()).softmax(-1)
     torch.testing.assert_close(weights, scores[..., 3:4])
+
+
+def test_generation_with_a_cache_is_the_whole_pass(make_model):
+    model = make_model(**EXPERTS, num_shared_experts=1).eval()
+    whole = model(IDS).logits
+    cache = KeyValueCache.for_model(model, batch_size=len(IDS))
+    steps = [model(part, cache=cache).logits for part in IDS.split([4, 1, 1, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
+
+
+def test_operations_count_the_experts_a_token_goes_through(config):
+    few = forward_flops(config(**EXPERTS), 16)
+    many = forward_flops(config(**{**EXPERTS, "num_experts": 50}), 16)
+    assert many.linear - few.linear == 2.0 * 45 * 24 * 2, "the router's columns, of two layers"
+    dense = forward_flops(config(**{**DENSE, "intermediate_size": 2 * 12}), 16)
+    assert few.linear - dense.linear == 2.0 * 5 * 24 * 2, "two experts of 12 are an MLP of 24"
 
 
 def test_which_layers_have_experts(make_model):

@@ -19,14 +19,13 @@ def moe(**fields: Any) -> Case:
 SLICE = [
     moe(tensor=2, tied=False),
     moe(pipeline=2, model=BIAS, switches={"activation_recomputation": "full"}),
-    moe(data=2, expert=2),
     moe(data=2, expert=2, tied=False, model=BIAS, layout={"data_parallel_sharding": "zero3"}),
     moe(context=2, expert=2, documents=True),
     moe(tensor=2, data=2, expert=2, layout={"data_parallel_sharding": "zero3"}),
-    moe(data=4, expert=2, layout={"data_parallel_sharding": "zero2"}),
 ]
 
 CASES = [
+    moe(data=4, expert=2, layout={"data_parallel_sharding": "zero2"}),
     *[moe(data=2, layout={"data_parallel_sharding": kind}) for kind in SHARDINGS],
     *[moe(data=2, expert=2, layout={"data_parallel_sharding": kind}) for kind in SHARDINGS],
     *[moe(data=4, expert=2, model=BIAS, layout={"data_parallel_sharding": kind}) for kind in SHARDINGS],
