@@ -1,6 +1,7 @@
 """Attention over parts of a sequence beside attention over all of it, and what it costs."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tests.ranks import RankPool
 from tests.training.helpers import small_config, train_laid_out
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mtnlg.config import EvaluationConfig, LayoutConfig, MegatronModelConfig
+from mtnlg.config import EvaluationConfig, LayoutConfig, MegatronModelConfig, StopConfig
 from mtnlg.parallel.attention_blocks import Visibility, attend, attend_backward, merge
 from mtnlg.parallel.context_costs import context_costs, tokens_that_hide_messages
 from mtnlg.parallel.ring_attention import Ring, chunks_of_rank
@@ -146,22 +147,27 @@ def test_queries_that_see_nothing_change_nothing() -> None:
     assert (gradients[0][:, :, 3] == 0.0).all()
 
 
-def test_shared_sequences_train_and_validate_like_whole_ones(ranks: RankPool, tmp_path) -> None:
-    results = {}
-    for size in (1, 2):
-        folder = tmp_path / str(size)
+def test_shared_sequences_train_and_validate_like_whole_ones(ranks: RankPool, tmp_path: Path) -> None:
+    """And their checkpoint is one that a single process goes on from."""
+    losses, validation = {}, {}
+    for name, sizes in (("one", (1, 1)), ("shared", (2, 1))):
+        folder = tmp_path / name
         folder.mkdir()
-        config = small_config(
-            folder,
-            layout=LayoutConfig(context_parallel_size=size, data_parallel_size=1),
-            evaluation=EvaluationConfig(interval_steps=3, num_batches=3),
-        )
-        config.model.hidden_dropout = 0.0
-        results[size] = ranks.run(size, train_laid_out, config)[0]
-    one, two = results[1], results[2]
-    assert two["losses"] == pytest.approx(one["losses"], rel=2e-5)
-    assert two["result"].tokens == one["result"].tokens
-    assert two["result"].validation_loss == pytest.approx(one["result"].validation_loss, rel=2e-5)
+        for size, steps in zip(sizes, (4, 6)):
+            config = small_config(
+                folder,
+                layout=LayoutConfig(context_parallel_size=size, data_parallel_size=1),
+                evaluation=EvaluationConfig(interval_steps=3, num_batches=3),
+                stop=StopConfig(steps=steps),
+            )
+            config.model.hidden_dropout = 0.0
+            found = ranks.run(size, train_laid_out, config)[0]
+            losses.setdefault(name, {}).update(found["losses"])
+        assert found["result"].tokens == 6 * 8 * 16
+        validation[name] = found["result"].validation_loss
+    assert sorted(losses["shared"]) == [1, 2, 3, 4, 5, 6]
+    assert losses["shared"] == pytest.approx(losses["one"], rel=2e-5)
+    assert validation["shared"] == pytest.approx(validation["one"], rel=2e-5)
 
 
 def test_samples_are_written_by_the_whole_model(ranks: RankPool) -> None:

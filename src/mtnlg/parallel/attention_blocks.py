@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TILE_QUERIES = 128
-TILE_KEYS = 1024
+TILE_QUERIES, TILE_KEYS = 128, 1024  # on a CPU, whose caches hold the scores of a tile
+GPU_TILE_QUERIES, GPU_TILE_KEYS = 1024, 4096  # large enough that starting kernels takes no time
 _SEEDS = 2**62
 
 
@@ -162,11 +162,14 @@ def _tiles(query: Tensor, key: Tensor, seen: Visibility) -> Iterator[_Tile]:
     generator = None
     if seen.dropout > 0.0:
         generator = torch.Generator(query.device).manual_seed(seen.seed)
-    for row in range(0, query.shape[2], TILE_QUERIES):
-        rows = slice(row, min(row + TILE_QUERIES, query.shape[2]))
+    height, width = TILE_QUERIES, TILE_KEYS
+    if query.device.type != "cpu":
+        height, width = GPU_TILE_QUERIES, GPU_TILE_KEYS
+    for row in range(0, query.shape[2], height):
+        rows = slice(row, min(row + height, query.shape[2]))
         end = rows.stop if seen.causal else key.shape[2]
-        for column in range(0, end, TILE_KEYS):
-            keys = slice(column, min(column + TILE_KEYS, end))
+        for column in range(0, end, width):
+            keys = slice(column, min(column + width, end))
             hidden = _hidden(rows, keys, seen, query.device)
             if hidden is not None and query.device.type == "cpu":  # a GPU would have to be waited for
                 if hidden.all():
