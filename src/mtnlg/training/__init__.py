@@ -1,5 +1,7 @@
 """Training: loop, optimizers, schedules, checkpoints, metrics, preparation of a run's folder."""
 
+from typing import TYPE_CHECKING, Any
+
 from mtnlg.training.events import (
     RunStart,
     Sample,
@@ -8,8 +10,10 @@ from mtnlg.training.events import (
     TrainResult,
     ValidationMetrics,
 )
-from mtnlg.training.loop import train, train_on_rank
 from mtnlg.training.prepare import prepare
+
+if TYPE_CHECKING:
+    from mtnlg.training.loop import train, train_on_rank
 
 __all__ = [
     "RunStart",
@@ -22,3 +26,12 @@ __all__ = [
     "train",
     "train_on_rank",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Who opens a trained run needs none of the engine, whose imports take seconds.
+    if name in ("train", "train_on_rank"):
+        from mtnlg.training import loop
+
+        return getattr(loop, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
