@@ -1,6 +1,7 @@
 """Which layers each pipeline stage runs."""
 
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from mtnlg.config import ConfigError, LayoutConfig, MegatronModelConfig, layout_problems
 from mtnlg.config.division import divide_by_cost, layers_of_stages
+from mtnlg.config.load import load_run_config
 from mtnlg.config.pipeline_notation import parse_stages
 
 
@@ -86,6 +88,19 @@ def test_what_is_not_in_the_notation_is_refused_with_a_reason(text: str, reason:
     with pytest.raises(ConfigError) as caught:
         LayoutConfig(pipeline_parallel_size=2, pipeline_layout=text)
     assert reason in str(caught.value)
+
+
+def test_command_line_and_recipe_take_both_forms(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "stop: {steps: 1}\nmodel: {vocab_size: 50, num_hidden_layers: 7}\n"
+        "layout: {pipeline_parallel_size: 2, pipeline_layout: [2, 5], data_parallel_size: 1}\n"
+    )
+    assert load_run_config(recipe).layout.pipeline_layout == [2, 5]
+    for text, value in (("[3,4]", [3, 4]), ("Et*3|t*4L", "Et*3|t*4L"), ("null", None)):
+        assert load_run_config(recipe, [f"layout.pipeline_layout={text}"]).layout.pipeline_layout == value
+    with pytest.raises(ConfigError, match="'x' at character 2 means nothing"):
+        load_run_config(recipe, ["layout.pipeline_layout=Ex|L"])
 
 
 def test_three_ways_to_divide() -> None:

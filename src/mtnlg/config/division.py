@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from mtnlg.config.layout import LayoutConfig
 from mtnlg.config.model import MegatronModelConfig
-from mtnlg.config.pipeline_notation import LAYER, parse_stages
+from mtnlg.config.pipeline_notation import LAYER, notation_problem, parse_stages
 
 
 def layers_of_stages(model: MegatronModelConfig, layout: LayoutConfig) -> list[range]:
@@ -30,10 +30,11 @@ def layers_of_stages(model: MegatronModelConfig, layout: LayoutConfig) -> list[r
 
 
 def stated_counts(layout: LayoutConfig) -> list[int] | None:
-    """Layers of each stage as ``layout.pipeline_layout`` says; ``None`` where it leaves them open."""
+    """Layers of each stage as ``layout.pipeline_layout`` says; ``None`` where it leaves them open, or
+    where it has been refused for itself and other problems are looked for."""
     stated = layout.pipeline_layout
     if isinstance(stated, str):
-        return [stage.count(LAYER) for stage in parse_stages(stated)]
+        return None if notation_problem(stated) else [stage.count(LAYER) for stage in parse_stages(stated)]
     return None if stated is None else list(stated)
 
 

@@ -135,10 +135,11 @@ class LayoutConfig:
 
     @property
     def _num_described_stages(self) -> int:
-        """Stages that ``pipeline_layout`` describes; 0 where it is ``None``."""
-        if isinstance(self.pipeline_layout, str):
-            return len(parse_stages(self.pipeline_layout))
-        return len(self.pipeline_layout or ())
+        """Stages that ``pipeline_layout`` describes; 0 where it is ``None`` or refused."""
+        stated = self.pipeline_layout
+        if isinstance(stated, str):
+            return 0 if notation_problem(stated) else len(parse_stages(stated))
+        return len(stated or ())
 
     @property
     def num_stages(self) -> int:
