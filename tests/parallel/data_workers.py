@@ -192,3 +192,23 @@ def float8_step(layout: dict[str, Any], fp8: bool) -> dict[str, Any]:
         }
     finally:
         float8.EMULATE = False
+
+
+def gathers_under_way() -> list[int]:
+    """Gathers that are still under way when the first layer, and when the head, has its weights."""
+    usual, replicas.BUCKET_BYTES = replicas.BUCKET_BYTES, 4096
+    try:
+        config, mesh = MegatronModelConfig(**MODEL), mesh_of({"data_parallel_size": 2})
+        model = lay_out(config, mesh, SEED)
+        batches = share_of(make_batches(config.vocab_size, 1, 8, False, 1, 2), mesh)
+        model.state_dict()  # after which weights may have changed
+        decoder = model.stages[0].decoder
+        counts: list[int] = []
+        for block in (decoder.layers["0"], decoder.head):
+            block.register_forward_pre_hook(
+                lambda module, inputs: counts.append(len(model._keeper._arriving))
+            )
+        model.forward_backward(batches, 10.0)
+        return counts
+    finally:
+        replicas.BUCKET_BYTES = usual

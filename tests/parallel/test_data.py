@@ -87,3 +87,9 @@ def test_gradients_leave_while_the_last_backward_pass_goes_on(ranks: RankPool, s
     for early, total in ranks.run(2, workers.when_messages_leave, sharding):
         assert early >= total // 2
         assert total > early
+
+
+def test_the_first_layers_run_while_the_weights_of_the_last_are_under_way(ranks: RankPool) -> None:
+    for first, last in ranks.run(2, workers.gathers_under_way):
+        assert first >= 4
+        assert last == 0

@@ -17,7 +17,7 @@ of valid tokens) is the only owner of gradient scale.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -103,6 +103,13 @@ def shard_over_replicas(stage: Stage, mesh: Mesh, precision: PrecisionConfig) ->
         module.set_force_sum_reduction_for_comms(True)
 
 
+def blocks_of(stage: Stage) -> list[nn.Module]:
+    """The modules of ``stage`` that run one after the other and hold all its weights."""
+    decoder = stage.decoder
+    blocks = [decoder.embedding, *decoder.layers.values(), decoder.head]
+    return [block for block in blocks if block is not None]
+
+
 def fsdp_modules(stage: Stage) -> list[FSDPModule]:
     """The modules of ``stage`` that FSDP shards."""
     return [module for module in stage.modules() if isinstance(module, FSDPModule)]
@@ -147,6 +154,7 @@ class BackwardCount:
 
 def keep_weights(
     parameters: Mapping[str, nn.Parameter],
+    stages: Sequence[Stage],
     mesh: Mesh,
     precision: PrecisionConfig,
     shared: Collection[str] = (),
@@ -155,6 +163,7 @@ def keep_weights(
 
     Args:
         parameters: this rank's by canonical name, float32.
+        stages: of this rank.
         mesh: this rank's place.
         precision: of the computation.
         shared: names of those that two stages of this rank use.
@@ -164,7 +173,13 @@ def keep_weights(
     dtype = DTYPES[precision.dtype]
     device = torch.device("cpu") if mesh.layout.cpu_offload else None
     if mesh.device_mesh is not None and mesh.size("weight_copy") * mesh.size("weight_part") > 1:
-        return Replicas(parameters, mesh, dtype, REDUCE_DTYPES[precision.reduce_dtype], device, shared)
+        reduce_dtype = REDUCE_DTYPES[precision.reduce_dtype]
+        replicas = Replicas(parameters, mesh, dtype, reduce_dtype, device, shared)
+        blocks = [block for stage in stages for block in blocks_of(stage)]
+        # A hook would be compiled with its layer, and no layer could use another's code.
+        if not any(block._compiled_call_impl for block in blocks):
+            replicas.wait_before(blocks)
+        return replicas
     if dtype is None and device is None:
         return None
     return WorkingCopy(parameters, dtype or torch.float32, device)

@@ -64,7 +64,7 @@ class ParallelModel:
         self._parameters = names
         self._backward_counts = [BackwardCount(stage, mesh, precision) for stage in self.stages]
         shared = {TIED_ORIGINAL} if has_copy and mesh.has_first_stage else set()
-        self._keeper = keep_weights(names, mesh, precision, shared)
+        self._keeper = keep_weights(names, self.stages, mesh, precision, shared)
         if self._keeper is not None:
             self._parameters = self._keeper.masters
             if self._pipeline is not None:

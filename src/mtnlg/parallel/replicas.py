@@ -14,105 +14,20 @@ have nothing to gather.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from mtnlg.parallel.buckets import Bucket, BucketWeight
 from mtnlg.parallel.gradients import local_part
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.working_copy import cast, on_gradient
 
 BUCKET_BYTES = 2**25  # of float32 gradients: long messages, and several of them to overlap with
-
-# torch 2.13 gave both new names.
-ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-@dataclass(eq=False)
-class _Weight:
-    """One weight of the model.
-
-    Args:
-        weight: the model's parameter, whole (or this tensor-parallel rank's part of it).
-        rows: of its first dimension.
-        part_rows: rows that each replica steps; the last parts may hold fewer, or none.
-        start: of its elements in a row of the bucket's buffer.
-        master: what the optimizer steps: this replica's rows, float32.
-        uses: stages that bring a gradient in each backward pass.
-        passes: backward passes that have brought a gradient in this step.
-        axis: the tensor-parallel axis over which its gradient is still to be summed.
-    """
-
-    weight: nn.Parameter
-    rows: int
-    part_rows: int
-    start: int
-    master: nn.Parameter
-    uses: int = 1
-    passes: int = 0
-    axis: DeviceMesh | None = None
-
-    @property
-    def row_size(self) -> int:
-        """Elements of a row."""
-        return local_part(self.weight.detach()).numel() // max(1, self.rows)
-
-    @property
-    def width(self) -> int:
-        """Elements of each replica's part."""
-        return self.part_rows * self.row_size
-
-    def parts_of(self, flat: Tensor) -> list[tuple[Tensor, slice]]:
-        """Where the rows of the weight lie in ``flat`` [parts, width of the bucket]."""
-        found = []
-        for index in range(flat.shape[0]):
-            first, last = index * self.part_rows, min(self.rows, (index + 1) * self.part_rows)
-            if first < last:
-                size = (last - first) * self.row_size
-                found.append((flat[index, self.start : self.start + size], slice(first, last)))
-        return found
-
-
-@dataclass(eq=False)
-class _Bucket:
-    """Weights whose gradients travel together.
-
-    Args:
-        group: the replicas.
-        index: this replica's part, of ``num_parts`` (1 where nothing is divided).
-        width: elements of each part.
-        buffer: gradients, float32 [parts, width].
-        payload: what is being sent of it.
-        gradients: views of this replica's part, laid out as the masters.
-    """
-
-    group: dist.ProcessGroup
-    index: int
-    num_parts: int
-    width: int = 0
-    weights: list[_Weight] = field(default_factory=list)
-    buffer: Tensor | None = None
-    payload: Tensor | None = None
-    work: dist.Work | None = None
-    gradients: list[Tensor] = field(default_factory=list)
-
-    def fill(self, item: _Weight, gradient: Tensor) -> None:
-        """Add the gradient of one backward pass of one weight."""
-        if self.buffer is None:
-            self.buffer = torch.zeros(self.num_parts, self.width, device=gradient.device)
-        rows = gradient.reshape(item.rows, -1)
-        for place, where in item.parts_of(self.buffer):
-            source = rows[where].reshape(-1)
-            # The first one is copied: what the last step left need not be cleared.
-            place.add_(source) if item.passes else place.copy_(source)
-        item.passes += 1
 
 
 class Replicas:
@@ -138,7 +53,7 @@ class Replicas:
     ) -> None:
         self._mesh, self._reduce_dtype, self._device = mesh, reduce_dtype, device
         self._has_own_masters = dtype is not None or device is not None
-        self._buckets: list[_Bucket] = []
+        self._buckets: list[Bucket] = []
         masters = {}
         for name, weight in reversed(list(parameters.items())):  # the order of the backward pass
             masters[name] = self._add(weight, 2 if name in shared else 1)
@@ -151,6 +66,8 @@ class Replicas:
                 if item.weight.requires_grad:
                     on_gradient(item.weight, partial(self._take, bucket, item))
         self._versions = self._master_versions()
+        self._arriving: list[Bucket] = []
+        self._waits_in_forward = False
         self._num_passes = 1
         self._launched = 0
         self._earlier: list[tuple[nn.Parameter, Tensor]] = []
@@ -176,7 +93,7 @@ class Replicas:
         """Sum what is left to sum, wait, and leave the gradients at the masters."""
         self.collect()
         for bucket in self._buckets[self._launched :]:
-            self._launch(bucket)
+            bucket.send_gradients(self._reduce_dtype)
         self._launched = len(self._buckets)
         for bucket in self._buckets:
             self._land(bucket)
@@ -187,25 +104,51 @@ class Replicas:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the model's weights whole again, unless nothing has written to the masters since."""
+        """Begin to make the model's weights whole again, unless nothing has written to the masters.
+
+        The first modules of the forward pass need not wait for the weights of the last: see
+        :meth:`wait_before`. Without it this method waits itself.
+        """
         if self._master_versions() == self._versions:
             return
-        for bucket in self._buckets:
+        self._wait_for(self._arriving)
+        for bucket in reversed(self._buckets):  # the order of the forward pass
             if bucket.num_parts > 1:
-                self._gather(bucket)
+                bucket.send_weights()
+                self._arriving.append(bucket)
             elif self._has_own_masters:
                 weights = [local_part(item.weight.detach()) for item in bucket.weights]
                 torch._foreach_copy_(weights, [local_part(item.master.detach()) for item in bucket.weights])
+        if not self._waits_in_forward:
+            self._wait_for(self._arriving)
         self._versions = self._master_versions()
+
+    def wait_before(self, modules: Iterable[nn.Module]) -> None:
+        """Let each of ``modules``, which together hold all weights, wait for its own when it runs."""
+        homes = {id(item.weight): bucket for bucket in self._buckets for item in bucket.weights}
+        for module in modules:
+            needed = list(dict.fromkeys(homes[id(weight)] for weight in module.parameters()))
+            module.register_forward_pre_hook(partial(self._before, needed))
+        self._waits_in_forward = True
 
     def expect_writes(self) -> None:
         """Gather at the next :meth:`refresh` whatever the masters know of."""
         self._versions = []
 
+    def _before(self, needed: list[Bucket], module: nn.Module, inputs: object) -> None:
+        if self._arriving:
+            self._wait_for([bucket for bucket in self._arriving if bucket in needed])
+
+    @torch.no_grad()
+    def _wait_for(self, buckets: list[Bucket]) -> None:
+        for bucket in list(buckets):
+            bucket.land_weights(skips_own=not self._has_own_masters)
+            self._arriving.remove(bucket)
+
     def _master_versions(self) -> list[int]:
         return [master._version for master in self.masters.values()]
 
-    def _weights(self) -> Iterable[_Weight]:
+    def _weights(self) -> Iterable[BucketWeight]:
         return (item for bucket in self._buckets for item in bucket.weights)
 
     def _add(self, weight: nn.Parameter, uses: int) -> nn.Parameter:
@@ -216,7 +159,7 @@ class Replicas:
         group, index = axes.get_group(1 if parts > 1 else 0), axes.get_local_rank(1)
         last = next((item for item in reversed(self._buckets) if item.group == group), None)
         if last is None or last.width * last.num_parts * 4 >= BUCKET_BYTES:
-            last = _Bucket(group, index, parts)
+            last = Bucket(group, index, parts, self._mesh.device)
             self._buckets.append(last)
         part = local_part(weight.detach())
         rows = part.shape[0]
@@ -226,7 +169,7 @@ class Replicas:
         if self._has_own_masters:
             part = part.to(self._device or part.device, torch.float32, copy=True)
         master = nn.Parameter(self._divided(weight, part), requires_grad=weight.requires_grad)
-        item = _Weight(weight, rows, part_rows, last.width, master, uses)
+        item = BucketWeight(weight, rows, part_rows, last.width, master, uses)
         last.weights.append(item)
         last.width += item.width
         return master
@@ -257,7 +200,7 @@ class Replicas:
         return DTensor.from_local(part, axes, placements, run_check=False, shape=shape, stride=stride)
 
     @torch.no_grad()
-    def _take(self, bucket: _Bucket, item: _Weight, weight: Tensor) -> None:
+    def _take(self, bucket: Bucket, item: BucketWeight, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
         if gradient is None:
             return
@@ -271,60 +214,23 @@ class Replicas:
         bucket.fill(item, local_part(gradient))
         # Buckets leave in one order, which is the same on every replica.
         while self._launched < len(self._buckets) and self._is_full(self._buckets[self._launched]):
-            self._launch(self._buckets[self._launched])
+            self._buckets[self._launched].send_gradients(self._reduce_dtype)
             self._launched += 1
 
-    def _is_full(self, bucket: _Bucket) -> bool:
+    def _is_full(self, bucket: Bucket) -> bool:
         trained = [item for item in bucket.weights if item.weight.requires_grad]
         return all(item.passes == item.uses * self._num_passes for item in trained)
 
-    def _launch(self, bucket: _Bucket) -> None:
-        """Begin to sum one buffer over the replicas."""
-        if bucket.buffer is None:
-            bucket.buffer = torch.zeros(bucket.num_parts, bucket.width, device=self._mesh.device)
-        for item in bucket.weights:
-            for place, _ in item.parts_of(bucket.buffer):
-                if not item.passes:
-                    place.zero_()  # a weight without a gradient (an expert without tokens)
-                elif item.axis is not None:
-                    dist.all_reduce(place, group=item.axis.get_group())
-        payload = bucket.buffer.to(self._reduce_dtype)
-        if bucket.num_parts > 1 and dist.get_backend(bucket.group) != "gloo":
-            part = payload[bucket.index]
-            bucket.work = REDUCE_SCATTER(part, payload.view(-1), group=bucket.group, async_op=True)
-        else:  # gloo's reduce-scatter is an all-reduce of a copy
-            bucket.work = dist.all_reduce(payload, group=bucket.group, async_op=True)
-        bucket.payload = payload
-
-    def _land(self, bucket: _Bucket) -> None:
+    def _land(self, bucket: Bucket) -> None:
         """Wait for one buffer's sum and hand it to the masters."""
-        assert bucket.buffer is not None and bucket.payload is not None and bucket.work is not None
-        bucket.work.wait()
-        if bucket.payload is not bucket.buffer:
-            bucket.buffer[bucket.index].copy_(bucket.payload[bucket.index])
-        bucket.work = bucket.payload = None
+        part = bucket.land_gradients()
         if not bucket.gradients or self._device is not None:
-            bucket.gradients = [self._gradient(bucket, item) for item in bucket.weights]
+            bucket.gradients = [self._gradient(part, item) for item in bucket.weights]
         for item, gradient in zip(bucket.weights, bucket.gradients):
             if item.weight.requires_grad:
                 item.master.grad = gradient
 
-    def _gradient(self, bucket: _Bucket, item: _Weight) -> Tensor:
-        assert bucket.buffer is not None
+    def _gradient(self, flat: Tensor, item: BucketWeight) -> Tensor:
         part = local_part(item.master.detach())
-        gradient = bucket.buffer[bucket.index, item.start : item.start + part.numel()].view(part.shape)
+        gradient = flat[item.start : item.start + part.numel()].view(part.shape)
         return self._divided(item.weight, gradient.to(part.device))
-
-    def _gather(self, bucket: _Bucket) -> None:
-        """Bring all parts of a bucket's weights together, in the dtype that they compute in."""
-        first = local_part(bucket.weights[0].weight.detach())
-        flat = torch.empty(bucket.num_parts, bucket.width, dtype=first.dtype, device=first.device)
-        mine = flat[bucket.index]
-        for item in bucket.weights:
-            part = local_part(item.master.detach())
-            mine[item.start : item.start + part.numel()].copy_(part.reshape(-1))
-        ALL_GATHER(flat.view(-1), mine, group=bucket.group)
-        for item in bucket.weights:
-            whole = local_part(item.weight.detach())
-            for source, where in item.parts_of(flat):
-                whole[where].copy_(source.view(whole[where].shape))
