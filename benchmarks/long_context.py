@@ -153,13 +153,14 @@ def report(
         f"({method} attention, gloo), so {os.cpu_count()} cores run {layout.context_parallel_size} ranks. "
         f"Load of the machine at the end of the run: {os.getloadavg()[0]:.0f}.",
         "",
-        "One training step on one sequence. CPU seconds are those of the busiest and of the idlest rank; "
+        "One training step on one sequence. CPU seconds are those of the busiest and of the idlest rank; all "
+        "ranks' together over the cores is how long the step takes where nothing else runs; "
         "memory is the most that any rank held, and how much of it came with the step. Scores alone would "
         "take sequence² numbers for each head: 64 GiB at 131,072 tokens.",
         "",
-        "| tokens | seconds | CPU seconds of a rank | peak memory of a rank, MB | of the step, MB "
+        "| tokens | seconds | CPU seconds of a rank | of all / cores | peak memory of a rank, MB | of the step, MB "
         "| sent by a rank, MB | by the formula, MB | messages |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for length, ranks in zip(lengths, found):
         lines.append(measured_row(model, layout, length, ranks))
@@ -175,6 +176,7 @@ def measured_row(model: MegatronModelConfig, layout: LayoutConfig, length: int, 
     cpu = [rank["cpu_seconds"] for rank in ranks]
     return (
         f"| {length:,} | {max(rank['seconds'] for rank in ranks):.1f} | {max(cpu):.1f}, {min(cpu):.1f} "
+        f"| {sum(cpu) / (os.cpu_count() or 1):.1f} "
         f"| {max(rank['peak'] for rank in ranks) / 1e6:.0f} "
         f"| {max(rank['peak'] - rank['held'] for rank in ranks) / 1e6:.0f} "
         f"| {ranks[0]['sent'] / 1e6:.1f} | {formula / 1e6:.1f} | {messages} |"
