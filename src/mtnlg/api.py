@@ -98,7 +98,8 @@ class MegatronLmModel(MegatronLmDecoder):
 
         Args:
             name_or_path: the folder of a run (its newest whole checkpoint), one checkpoint, a Hugging
-                Face folder (GPT-2, Llama, Qwen2, Qwen3), or a name on the Hugging Face hub.
+                Face folder (GPT-2, Llama, Qwen2, Qwen3, Mixtral, Qwen3-MoE, GLM-4-MoE), or a name on the
+                Hugging Face hub.
             device: where to put the weights.
             dtype: convert the weights to it; ``None`` keeps how they were saved.
 
