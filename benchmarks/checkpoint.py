@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint.py --output benchmarks/results/checkpoint.md
 
-Both kinds take turns in one run, each followed by training steps until it is complete. Standing still
-is the time that the training thread spends in ``save``; the save's time is from there until ``latest``
-points to the checkpoint. All ranks and their disk are this machine's.
+Both kinds take turns in one run. Standing still is the time that the training thread spends in ``save``
+and, before the next update of the weights, waiting for their copy; the save's time is from its begin
+until ``latest`` points to the checkpoint. All ranks and their disk are this machine's.
 """
 
 from __future__ import annotations
@@ -77,9 +77,15 @@ def measure(layout: LayoutConfig, folder: str, rounds: int, threads: int) -> dic
     )
     model = lay_out(config, mesh)
     optimizer = Optimizer(model.named_parameters(), OptimizerConfig())
-    training = TrainingStep(model, optimizer, OptimizerConfig(), LossScale(PrecisionConfig()), 0)
+    training = TrainingStep(
+        model, optimizer, OptimizerConfig(), LossScale(PrecisionConfig()), 0, before_update=lambda: copied()
+    )
     rows = max(1, BATCH // mesh.num_replicas)
     ids = torch.randint(0, VOCAB, (rows, SEQUENCE))
+
+    def copied() -> None:
+        for saver in savers.values():
+            saver.wait_for_copy()
 
     def step() -> float:
         begun = time.perf_counter()
@@ -103,10 +109,10 @@ def measure(layout: LayoutConfig, folder: str, rounds: int, threads: int) -> dic
             mesh.barrier()
             begun = time.perf_counter()
             saver.save(2 * number + 1 + (kind == "asynchronous"), parts(), {"format": 1})
-            still = time.perf_counter() - begun
+            still = time.perf_counter() - begun - saver.waited_seconds
             steps = [step() for _ in range(4)] if kind == "asynchronous" else []
             saver.wait()
-            times[kind]["still"].append(still)
+            times[kind]["still"].append(still + saver.waited_seconds)  # in ``save``, and before the update
             times[kind]["save"].append(saver.written_seconds)
             # Steps that were over before the save was: those that it slowed down.
             during = [s for s, end in zip(steps, _ends(saver, steps)) if end <= saver.written_seconds]
@@ -137,9 +143,9 @@ def report(rows: list[tuple[str, dict[str, Times]]], rounds: int) -> str:
 `python benchmarks/checkpoint.py`
 
 {LAYERS} layers × {HIDDEN}, vocabulary {VOCAB:,}: weights and AdamW's state in float32. Every tensor is
-checksummed (SHA-256) and flushed to the disk. Standing still: the training thread is in `save`, with
-`asynchronous: false` until the checkpoint is complete, with `true` while the state is copied. Share: of
-the asynchronous save's own time. Rank 0's times.
+checksummed (SHA-256) and flushed to the disk. Standing still: the training thread is in `save` or, before
+the next update of the weights, waits for their copy, which is made during that step's forward and
+backward pass. Share: of the asynchronous save's own time. Rank 0's times.
 
 | | state, MB | waited for, ms | asynchronous: standing still, ms | until complete, ms | share (largest) \
 | step alone, ms | step during a save, ms |

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.training.helpers import Recorder, small_config, train_here, train_laid_out
 from tests.training.test_resume import (
     Signaller,
@@ -65,6 +66,21 @@ def test_checkpoint_is_of_its_step_though_training_went_on(tmp_path, monkeypatch
         assert_same_tensors(tensors(config, step), tensors(waiting, step))
         files.verify_files(files.checkpoints_dir(config.run_dir) / files.checkpoint_name(step))
     assert (files.checkpoints_dir(config.run_dir) / "latest").read_text() == "step-00000004\n"
+
+
+def test_weights_change_only_after_they_are_copied(tmp_path, monkeypatch):
+    config = small_config(tmp_path, stop=StopConfig(steps=4))
+    waiting = elsewhere(replace(config, checkpoint=CheckpointConfig(2, asynchronous=False)), tmp_path / "w")
+    train_here(waiting)
+    original = CheckpointSaver._copy
+
+    def slow_copy(saver, parts):
+        time.sleep(0.5)
+        return original(saver, parts)
+
+    monkeypatch.setattr(CheckpointSaver, "_copy", slow_copy)
+    train_here(config)
+    assert_same_tensors(tensors(config, 2), tensors(waiting, 2))
 
 
 def test_one_checkpoint_is_written_at_a_time(tmp_path, monkeypatch):
@@ -174,7 +190,7 @@ def test_error_in_training_leaves_the_checkpoint_that_was_being_written(tmp_path
 
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_copy_is_made_only_where_training_goes_on(tmp_path, asynchronous):
-    """The tensors may change as soon as ``save`` returns, and memory is used again."""
+    """The tensors may change once they are copied, and memory is used again."""
     saver = CheckpointSaver(
         tmp_path,
         CheckpointConfig(asynchronous=asynchronous),
@@ -184,6 +200,7 @@ def test_copy_is_made_only_where_training_goes_on(tmp_path, asynchronous):
     memories = set()
     for step in (1, 2):
         saver.save(step, {"weights": {"weight": weight}}, {})
+        saver.wait_for_copy()
         memories |= {buffer.data_ptr() for buffer in saver._buffers.values()}
         weight += 10.0
     saver.wait()
@@ -191,8 +208,6 @@ def test_copy_is_made_only_where_training_goes_on(tmp_path, asynchronous):
     assert len(memories) == (1 if asynchronous else 0)
     for step in (1, 2):
         path = next((tmp_path / "checkpoints" / files.checkpoint_name(step)).rglob("*.safetensors"))
-        from safetensors.torch import load_file
-
         assert torch.equal(load_file(path)["weight"], torch.arange(6.0) + 10.0 * (step - 1))
 
 

@@ -220,7 +220,7 @@ class CheckpointConfig:
         interval_minutes: minutes between checkpoints; ``None`` counts steps only.
         keep_last: newest checkpoints kept.
         keep_every: also keep each checkpoint whose step is a multiple of this; 0 keeps none.
-        asynchronous: write while training goes on; only the copy to the CPU's memory is waited for.
+        asynchronous: copy to the CPU's memory and write while training goes on.
     """
 
     interval_steps: int = 500

@@ -1,14 +1,16 @@
 """Checkpoints that are written while training goes on.
 
-Training waits while its state is copied into memory of the CPU that is kept for it. A thread then
-writes the copy, sending its messages through a process group of its own; one checkpoint is written at
-a time. What the copy holds is one moment's state, whatever training does meanwhile.
+A thread copies the state into memory of the CPU that is kept for it, while the next step's forward and
+backward passes run: they change nothing of it. Only the update of the weights waits for the copy. The
+thread then writes it, sending its messages through a process group of its own; one checkpoint is
+written at a time. What it holds is one moment's state, whatever training does meanwhile.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -36,7 +38,7 @@ class CheckpointSaver:
         mesh: this rank's place.
 
     Attributes:
-        waited_seconds: how long the last :meth:`save` took.
+        waited_seconds: how long training stood still for the last :meth:`save`.
         written_seconds: how long the last checkpoint took from there to ``latest``.
         saved: folder and step of the checkpoints finished since :meth:`take_finished`.
     """
@@ -46,6 +48,8 @@ class CheckpointSaver:
         self.waited_seconds = self.written_seconds = 0.0
         self._finished: list[tuple[Path, int]] = []
         self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._copied = threading.Event()
+        self._copied.set()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -64,7 +68,8 @@ class CheckpointSaver:
 
         Args:
             step: steps done.
-            parts: ``weights`` and ``optimizer``: this rank's tensors by name, free to change afterwards.
+            parts: ``weights`` and ``optimizer``: this rank's tensors by name, free to change after
+                :meth:`wait_for_copy`.
             state: what goes into ``state.json``.
             is_last: nothing is left to do meanwhile: write it here and now.
 
@@ -76,10 +81,18 @@ class CheckpointSaver:
         write = partial(self._write, begun, step, deepcopy(state))
         if self.config.asynchronous and not is_last:
             group = None if self.mesh.device_mesh is None else _background_group(dist.group.WORLD)
-            self._start(partial(write, self._copy(parts), group))
+            self._copied.clear()
+            self._start(partial(self._copy_and_write, parts, self._now(), partial(write, group=group)))
         else:
-            write(parts, None)
+            write(parts, group=None)
         self.waited_seconds = time.perf_counter() - begun
+
+    def wait_for_copy(self) -> None:
+        """Wait until what is being saved may change: before each update of the weights."""
+        if not self._copied.is_set():
+            begun = time.perf_counter()
+            self._copied.wait()
+            self.waited_seconds += time.perf_counter() - begun
 
     def wait(self) -> None:
         """Wait for what is being written.
@@ -122,6 +135,28 @@ class CheckpointSaver:
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
+    def _now(self) -> torch.cuda.Event | None:
+        """When a GPU has done all that it was told to do so far."""
+        if self.mesh.device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self.mesh.device).record_event()
+
+    def _copy_and_write(
+        self, parts: Parts, after: torch.cuda.Event | None, write: Callable[[Parts], None]
+    ) -> None:
+        try:
+            if after is None:
+                copies = self._copy(parts)
+            else:
+                stream = torch.cuda.Stream(self.mesh.device)
+                stream.wait_event(after)
+                with torch.cuda.stream(stream):
+                    copies = self._copy(parts)
+                stream.synchronize()
+        finally:
+            self._copied.set()
+        write(copies)
+
     def _write(
         self, begun: float, step: int, state: dict[str, Any], parts: Parts, group: dist.ProcessGroup | None
     ) -> None:
@@ -154,8 +189,6 @@ class CheckpointSaver:
                 if isinstance(tensor, DTensor):  # ``from_local`` would bring it back to the device
                     copy = DTensor(copy, tensor._spec, requires_grad=False)
                 copies[part][name] = copy
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize(self.mesh.device)
         return copies
 
 

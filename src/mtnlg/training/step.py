@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mtnlg.config import OptimizerConfig, TrainingError
@@ -41,6 +41,7 @@ class TrainingStep:
         loss_scale: 1 unless fp16 trains.
         max_skipped: consecutive skipped steps after which training gives up. fp16's overflows do not
             count: its own limit is the smallest loss scale.
+        before_update: called before weights and optimizer state change.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class TrainingStep:
         config: OptimizerConfig,
         loss_scale: LossScale,
         max_skipped: int,
+        before_update: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.loss_scale = loss_scale
         self.clip_norm = config.clip_grad_norm
         self.max_skipped = max_skipped
+        self.before_update = before_update
         self.skipped = 0
         self.skipped_in_a_row = 0
 
@@ -81,6 +84,8 @@ class TrainingStep:
         loss = float(summed) / max(1, num_valid_tokens)
         applied = math.isfinite(norm) and math.isfinite(loss)
         if applied:
+            if self.before_update is not None:
+                self.before_update()
             clipping = max(1.0, norm / self.clip_norm) if self.clip_norm > 0.0 else 1.0
             self.optimizer.step(factor, scale * clipping)
             if expert_load is not None:

@@ -66,12 +66,14 @@ class Trainer:
             switches=switches,
         )
         self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
+        self.saver = CheckpointSaver(config.run_dir, config.checkpoint, mesh)
         self.step = TrainingStep(
             self.model,
             self.optimizer,
             config.optimizer,
             LossScale(config.precision),
             switches.max_skipped_steps,
+            before_update=self.saver.wait_for_copy,
         )
         self.stream = BatchStream(config.data, "train", config.seed, vocab_size=config.model.vocab_size)
         self.validation = Validation(config) if config.data.split_shares()[1] > 0.0 else None
@@ -79,7 +81,6 @@ class Trainer:
         self.ramp = BatchRamp(config.batch, config.data.sequence_length, mesh.num_replicas)
         steps, length = config.stop.steps, config.data.sequence_length
         self.stop = StopRules(config.stop, steps and self.ramp.samples_after(steps) * length)
-        self.saver = CheckpointSaver(config.run_dir, config.checkpoint, mesh)
         self.position = Position()
         self.samples = 0
         self._validation_loss: float | None = None
