@@ -68,6 +68,7 @@ CHANGED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 STEPS, STOPPING, STREAM = "training/test_step.py", "training/test_stopping.py", "tokens/test_stream.py"
 PREPARE, DATA = "training/test_prepare.py", "parallel/test_data.py"
+PIPELINE = "parallel/test_pipeline.py"
 FAULTS = "parallel/test_faults.py::test_every_token_is_trained_on_once_in_any_layout_and_after_changing_it"
 RECOMPUTE = "parallel/test_recompute.py"
 DOCUMENTS, AUTO = "tokens/test_documents.py", "planning/test_auto_layout.py"
@@ -92,7 +93,7 @@ PROVED_BY = {
     "layout.sequence_parallel": f"{RECOMPUTE}::test_measured_bytes_are_those_of_the_formula",
     "layout.async_tensor_parallel": f"{ASYNC}::test_what_cannot_be_is_refused_with_its_reason",
     "layout.pipeline_schedule": "config/test_division.py::test_stages_of_a_rank_follow_from_the_layout",
-    "layout.stages_per_rank": "parallel/test_pipeline.py::test_what_a_schedule_cannot_run_is_refused_with_a_way_out",
+    "layout.stages_per_rank": f"{PIPELINE}::test_what_a_schedule_cannot_run_is_refused_with_a_way_out",
     "layout.pipeline_layout": "config/test_division.py::test_three_ways_to_divide",
     "layout.data_parallel_sharding": f"{DATA}::test_each_rank_holds_what_the_name_says",
     "layout.data_parallel_shard_size": f"{DATA}::test_hybrid_shards_in_groups_and_sums_over_them",
