@@ -153,13 +153,13 @@ def report(
         f"({method} attention, gloo), so {os.cpu_count()} cores run {layout.context_parallel_size} ranks. "
         f"Load of the machine at the end of the run: {os.getloadavg()[0]:.0f}.",
         "",
-        "One training step on one sequence. CPU seconds are those of the busiest and of the idlest rank; all "
-        "ranks' together over the cores is how long the step takes where nothing else runs; "
-        "memory is the most that any rank held, and how much of it came with the step. Scores alone would "
-        "take sequence² numbers for each head: 64 GiB at 131,072 tokens.",
+        "One training step on one sequence. CPU seconds are those of the busiest and of the idlest rank; "
+        "all ranks' together over the cores is how long the step takes where nothing else runs; memory is "
+        "the most that any rank held, and how much of it came with the step. Scores alone would take "
+        "sequence² numbers for each head: 64 GiB at 131,072 tokens.",
         "",
-        "| tokens | seconds | CPU seconds of a rank | of all / cores | peak memory of a rank, MB | of the step, MB "
-        "| sent by a rank, MB | by the formula, MB | messages |",
+        "| tokens | seconds | CPU seconds of a rank | of all / cores | peak memory of a rank, MB "
+        "| of the step, MB | sent by a rank, MB | by the formula, MB | messages |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for length, ranks in zip(lengths, found):
