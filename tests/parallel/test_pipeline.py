@@ -105,6 +105,7 @@ def test_split_backward_passes_exclude_what_runs_a_graph_once(schedule: str) -> 
         found = problems(switches=switches, pipeline_schedule=schedule)
         assert len(found) == splits
         assert not found or "interleaved_1f1b" in found[0]
+    assert problems(switches={"activation_recomputation": "selective"}, pipeline_schedule=schedule) == []
     for sharding in ("ddp", "zero1", "zero2", "zero3"):
         layout = {"data_parallel_sharding": sharding, "data_parallel_size": 2}
         found = problems(pipeline_schedule=schedule, **layout)

@@ -25,6 +25,7 @@ def layers_of_stages(model: MegatronModelConfig, layout: LayoutConfig) -> list[r
     if counts is None:
         costs = [cost_of_layer(model, index) for index in range(model.num_hidden_layers)]
         counts = divide_by_cost(costs, layout.num_stages, *costs_of_ends(model))
+    assert len(counts) == layout.num_stages and sum(counts) == model.num_hidden_layers, counts
     ends = list(accumulate(counts))
     return [range(end - count, end) for end, count in zip(ends, counts)]
 

@@ -88,10 +88,10 @@ def _split_problems(layout: LayoutConfig, training: TrainingConfig) -> list[str]
         "passes over one graph"
     )
     problems = []
-    if training.activation_recomputation != "none":
+    if _recomputes_weights(training):
         problems.append(
             f"training.activation_recomputation is {training.activation_recomputation}: {apart}, and would "
-            "compute a layer again for each of its weights; set it to none, or use "
+            "compute a layer again for each of its weights; set it to selective or none, or use "
             "layout.pipeline_schedule: interleaved_1f1b."
         )
     if training.compile:
@@ -100,3 +100,11 @@ def _split_problems(layout: LayoutConfig, training: TrainingConfig) -> list[str]
             "cannot be passed in part; leave it off, or use layout.pipeline_schedule: interleaved_1f1b."
         )
     return problems
+
+
+def _recomputes_weights(training: TrainingConfig) -> bool:
+    """Whether more is computed again than attention's own product, which has no weights."""
+    what = training.activation_recomputation
+    if what == "operators":
+        return set(training.recomputed_operators) != {"attention"}
+    return what in ("budget", "full")

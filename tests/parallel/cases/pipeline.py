@@ -24,7 +24,7 @@ SLICE = [
         pipeline=2,
         family="llama",
         tied=False,
-        layout=schedule("interleaved_1f1b", pipeline_layout="E|t*3|(t|)*2L"),
+        layout=schedule("interleaved_1f1b", pipeline_layout="E|t*3|t|tL"),
         documents=True,
     ),
     Case(tensor=2, pipeline=2, model=FOUR, layout=schedule("interleaved_zero_bubble"), documents=True),
@@ -39,7 +39,7 @@ SLICE = [
 ]
 
 CASES = [
-    *(  # every schedule in every direction, with both families and kinds of embedding
+    *(  # every schedule in every direction, both families, tied and untied
         Case(
             tensor=tensor,
             pipeline=2,
@@ -52,8 +52,7 @@ CASES = [
         )
         for name in SEVERAL
         for tensor, data in ((1, 1), (2, 1), (1, 2), (2, 2))
-        for family, model in (("gpt", FIVE), ("llama", {}))
-        for tied in (True, False)
+        for family, tied, model in (("gpt", True, FIVE), ("llama", False, {}))
     ),
     *(  # four ranks, and eight stages of eight layers
         Case(pipeline=4, data=data, model={"num_hidden_layers": 8}, layout=schedule(name), micro_batches=8)
@@ -96,6 +95,33 @@ CASES = [
         for data in (1, 2)
     ),
     *(  # recomputation
+        Case(
+            tensor=tensor,
+            pipeline=2,
+            model=FOUR,
+            layout=schedule(name),
+            switches={"activation_recomputation": "selective"},
+            micro_batches=4,
+        )
+        for name in SPLIT
+        for tensor in (1, 2)
+    ),
+    *(  # experts, and ranks that share sequences
+        Case(
+            pipeline=2,
+            data=data,
+            context=context,
+            expert=data,
+            family="moe" if context == 1 else "gpt",
+            model=FOUR,
+            layout=schedule(name),
+            documents=context > 1,
+            micro_batches=4,
+        )
+        for name in SEVERAL
+        for data, context in ((1, 1), (2, 1), (1, 2))
+    ),
+    *(
         Case(
             tensor=tensor,
             pipeline=2,
