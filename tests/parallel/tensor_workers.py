@@ -151,3 +151,19 @@ def exchanges_after_the_compiler() -> dict[str, int]:
         "scatters": sum("fused_matmul_reduce_scatter" in target for target in targets),
         "left": sum("_c10d_functional" in target for target in targets),
     }
+
+
+def compiled_whole(model_fields: dict[str, Any], layout: dict[str, Any]) -> float:
+    """Largest difference that tracing makes to a block which the compiler must take as one graph."""
+    config = MegatronModelConfig(**model_fields)
+    layer = lay_out(config, mesh_of(layout), SEED).decoder.layers["0"]
+    worst = 0.0
+    for block in (layer.mlp_norm, layer.mlp):
+        results = []
+        for forward in (block.forward, torch.compile(block.forward, backend="aot_eager", fullgraph=True)):
+            hidden = torch.linspace(-1.0, 1.0, 4 * config.hidden_size).view(1, 4, -1).requires_grad_()
+            output = forward(hidden)
+            output.square().sum().backward()
+            results.append((output.detach(), hidden.grad))
+        worst = max(worst, *((one - other).abs().max().item() for one, other in zip(*results)))
+    return worst

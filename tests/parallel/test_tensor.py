@@ -112,3 +112,11 @@ def _continue(
     ranks: RankPool, size: int, model: dict[str, Any], layout: dict[str, Any], run: str, step: int
 ) -> Any:
     return ranks.run(size, workers.continue_training, model, layout, {"name": "adamw"}, run, step, 1)
+
+
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_the_compiler_takes_a_block_with_its_exchanges_as_one_graph(
+    ranks: RankPool, sequence_parallel: bool
+) -> None:
+    layout = {**TWO, "sequence_parallel": sequence_parallel}
+    assert max(ranks.run(2, tensor_workers.compiled_whole, LLAMA, layout)) <= 1e-6

@@ -12,18 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Asked once: the compiler cannot look into the question, and would break its graph at every layer.
+IS_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` of [..., in] by [out, in], with oneDNN's product wherever that is the faster one."""
-    if inputs.dtype != torch.float32 or not _is_available():
+    if inputs.dtype != torch.float32 or not IS_AVAILABLE:
         return F.linear(inputs, weight, bias)
     if torch.is_grad_enabled():
         return _OneDnnLinear.apply(inputs, weight, bias)
     return _product(inputs, weight, bias)
-
-
-def _is_available() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

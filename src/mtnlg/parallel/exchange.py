@@ -73,8 +73,10 @@ def all_gather(part: Tensor, group: str, size: int, dim: int) -> Tensor:
     """The parts of all ranks, put together along ``dim``."""
     # The operators behind torch.distributed's own calls, by which compiled layers send too.
     operators = torch.ops._c10d_functional
-    parts = operators.all_gather_into_tensor(part.contiguous(), size, group)
-    parts = operators.wait_tensor(parts)
+    if part.device.type == "cpu":
+        parts = _swap(torch.cat([part] * size), group, size)
+    else:
+        parts = operators.wait_tensor(operators.all_gather_into_tensor(part.contiguous(), size, group))
     return parts if dim == 0 else torch.cat(parts.chunk(size), dim=dim)
 
 
@@ -83,11 +85,19 @@ def reduce_scatter(partial: Tensor, group: str, size: int, dim: int) -> Tensor:
     operators = torch.ops._c10d_functional
     parts = partial.contiguous() if dim == 0 else torch.cat(partial.chunk(size, dim=dim))
     if partial.device.type == "cpu":
-        # gloo's own reduce-scatter takes three times as long as sending each rank its part.
-        counts = [len(parts) // size] * size
-        received = operators.wait_tensor(operators.all_to_all_single(parts, counts, counts, group))
-        return received.unflatten(0, (size, -1)).sum(dim=0)
+        return _swap(parts, group, size).unflatten(0, (size, -1)).sum(dim=0)
     return operators.wait_tensor(operators.reduce_scatter_tensor(parts, "sum", size, group))
+
+
+def _swap(parts: Tensor, group: str, size: int) -> Tensor:
+    """Send each rank its part of [size * rows, ...]; the parts received, by sender.
+
+    gloo copies what it gathers or scatters several times over: sending each rank its part straight takes
+    half the processor time of its gather, and a third of its reduce-scatter.
+    """
+    counts = [len(parts) // size] * size
+    operators = torch.ops._c10d_functional
+    return operators.wait_tensor(operators.all_to_all_single(parts, counts, counts, group))
 
 
 def all_reduce(partial: Tensor, group: str) -> Tensor:
