@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -54,6 +54,7 @@ class Mesh:
     weight_mesh: DeviceMesh | None = None
     expert_mesh: DeviceMesh | None = None
     ends_group: dist.ProcessGroup | None = None
+    _axes: dict[tuple[str, ...], DeviceMesh] = field(default_factory=dict, repr=False, compare=False)
 
     def size(self, axis: str) -> int:
         """Ranks along ``axis``."""
@@ -141,9 +142,12 @@ class Mesh:
         Raises:
             ValueError: there is only one process, or no view has these axes.
         """
+        if names in self._axes:  # torch takes milliseconds to cut a mesh
+            return self._axes[names]
         for view in (self.device_mesh, self.weight_mesh, self.expert_mesh):
             if view is not None and set(names) <= set(view.mesh_dim_names or ()):
-                return view[names if len(names) > 1 else names[0]]
+                self._axes[names] = view[names if len(names) > 1 else names[0]]
+                return self._axes[names]
         raise ValueError(f"This layout has no mesh with the axes {', '.join(names)}.")
 
     def sum_over_replicas(self, value: Tensor) -> Tensor:
