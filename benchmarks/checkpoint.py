@@ -35,7 +35,7 @@ from mtnlg.training.optimizers import Optimizer
 from mtnlg.training.saving import CheckpointSaver, Parts
 from mtnlg.training.step import TrainingStep
 
-LAYERS, HIDDEN, HEADS, VOCAB, SEQUENCE, BATCH = 6, 384, 6, 8192, 256, 4
+LAYERS, HIDDEN, HEADS, VOCAB, SEQUENCE, BATCH = 6, 384, 6, 8192, 256, 2
 LAYOUTS = {
     "one process": LayoutConfig(data_parallel_size=1),
     "tp2": LayoutConfig(tensor_parallel_size=2, data_parallel_size=1),
@@ -57,10 +57,9 @@ def main() -> None:
             times = launch(measure, layout, (layout, folder, arguments.rounds, threads))
         rows.append((name, times))
         print(name, times, file=sys.stderr, flush=True)
-    text = report(rows, arguments.rounds)
-    print(text)
-    if arguments.output:
-        Path(arguments.output).write_text(text)
+        if arguments.output:
+            Path(arguments.output).write_text(report(rows, arguments.rounds))
+    print(report(rows, arguments.rounds))
 
 
 def measure(layout: LayoutConfig, folder: str, rounds: int, threads: int) -> dict[str, Times]:
@@ -110,14 +109,14 @@ def measure(layout: LayoutConfig, folder: str, rounds: int, threads: int) -> dic
             begun = time.perf_counter()
             saver.save(2 * number + 1 + (kind == "asynchronous"), parts(), {"format": 1})
             still = time.perf_counter() - begun - saver.waited_seconds
-            steps = [step() for _ in range(4)] if kind == "asynchronous" else []
+            steps = [step() for _ in range(2)] if kind == "asynchronous" else []
             saver.wait()
             times[kind]["still"].append(still + saver.waited_seconds)  # in ``save``, and before the update
             times[kind]["save"].append(saver.written_seconds)
             # Steps that were over before the save was: those that it slowed down.
             during = [s for s, end in zip(steps, _ends(saver, steps)) if end <= saver.written_seconds]
             times[kind]["step"] += during
-        times["none"]["step"] += [step() for _ in range(2)]
+        times["none"]["step"].append(step())
     bytes_here = sum(t.nbytes for tensors in parts().values() for t in map(_local, tensors.values()))
     times["none"]["bytes"] = [mesh.sum_over_ranks(torch.tensor(float(bytes_here))).item()]
     return times

@@ -13,21 +13,27 @@ from tests.training.helpers import load_and_save, small_config, train_laid_out, 
 from mtnlg.config import LayoutConfig, OptimizerConfig, StopConfig
 
 LAYOUTS = {
-    "one": (1, 1, 1),
-    "tp2": (2, 1, 1),
-    "pp2": (1, 2, 1),
-    "dp2": (1, 1, 2),
-    "tp2xpp2": (2, 2, 1),
-    "tp2xdp2": (2, 1, 2),
-    "pp2xdp2": (1, 2, 2),
+    "one": {},
+    "tp2": {"tensor": 2},
+    "pp2": {"pipeline": 2},
+    "dp2": {"data": 2},
+    "tp2xpp2": {"tensor": 2, "pipeline": 2},
+    "tp2xdp2": {"tensor": 2, "data": 2},
+    "pp2xdp2": {"pipeline": 2, "data": 2},
+    "cp2": {"context": 2},
+}
+KINDS = {
+    "dp2 zero3": {"data": 2, "data_parallel_sharding": "zero3"},
+    "pp2 dualpipev": {"pipeline": 2, "pipeline_schedule": "dualpipev", "pipeline_layout": "Et|t|t|L"},
 }
 
 
 def layout(name: str) -> LayoutConfig:
-    tensor, pipeline, data = LAYOUTS[name]
-    return LayoutConfig(
-        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data
-    )
+    fields = {**LAYOUTS, **KINDS}[name]
+    sizes = {
+        f"{key}_parallel_size": fields.get(key, 1) for key in ("tensor", "pipeline", "data", "context")
+    }
+    return LayoutConfig(**sizes, **{key: value for key, value in fields.items() if "_" in key})
 
 
 def run(ranks, config, name: str, steps: int) -> dict:
@@ -62,7 +68,11 @@ def continue_from(config, folder, step: int):
 
 @pytest.mark.parametrize(
     ("optimizer", "name"),
-    [*(("adamw", name) for name in LAYOUTS if name != "one"), ("muon", "tp2xdp2"), ("muon", "pp2xdp2")],
+    [
+        *(("adamw", name) for name in {**LAYOUTS, **KINDS} if name != "one"),
+        ("muon", "tp2xdp2"),
+        ("muon", "pp2xdp2"),
+    ],
 )
 def test_layout_continues_one_process_and_back(references, ranks, tmp_path, optimizer, name):
     config, losses = references(optimizer)
