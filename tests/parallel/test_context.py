@@ -53,10 +53,10 @@ def test_parts_attend_in_every_dtype(ranks: RankPool, method: str, dtype: str, b
 def test_dropout_keeps_the_mean_and_draws_the_same_again_in_the_backward_pass(
     ranks: RankPool, method: str
 ) -> None:
-    for found in ranks.run(2, workers.dropped_attention, method, 16, 400, 0.2):
+    for found in ranks.run(2, workers.dropped_attention, method, 16, 200, 0.2):
         assert found["change"] == pytest.approx(found["difference"], rel=1e-5)
         assert found["differs"] > 0.2
-        assert found["mean_error"] < 0.25
+        assert found["mean_error"] < 0.35
 
 
 def test_every_token_is_on_one_rank_with_its_label_and_position(ranks: RankPool) -> None:
