@@ -1,7 +1,8 @@
 """Number formats: weights, gradients and optimizer state are float32, products run in the config's.
 
-The laid-out model holds the 16-bit working copy (``parallel/working_copy.py``; over ranks FSDP casts
-as it gathers); what is left to say here is which dtype's peak a step is measured against.
+The laid-out model holds the 16-bit working copy (``parallel/working_copy.py``, or over replicas
+``parallel/replicas.py``; where FSDP frees weights it casts as it gathers). What is left to say here is
+which dtype's peak a step is measured against.
 """
 
 from __future__ import annotations
