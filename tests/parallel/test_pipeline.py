@@ -71,11 +71,13 @@ def test_what_a_schedule_takes_is_known_before_torch_is_asked(schedule: str) -> 
     for size, count in product((2, 3, 4), range(1, 14)):
         layout = LayoutConfig(pipeline_parallel_size=size, pipeline_schedule=schedule, **several)
         assert takes(layout, count) == torch_takes(layout, count), (size, count)
-        stand_in = pipeline.schedule_for(layout, count)
-        assert (stand_in == schedule) == takes(layout, count)
-        same_stages = LayoutConfig(pipeline_parallel_size=size, pipeline_schedule=stand_in, **several)
-        assert same_stages.stages_of_rank(1) == layout.stages_of_rank(1)
-        assert torch_takes(same_stages, count)
+        runs = pipeline.runs_of(layout, count)
+        assert sum(number for _, number in runs) == count
+        assert (runs == [(schedule, count)]) == takes(layout, count)
+        for name, number in runs:
+            other = LayoutConfig(pipeline_parallel_size=size, pipeline_schedule=name, **several)
+            assert other.stages_of_rank(1) == layout.stages_of_rank(1)
+            assert torch_takes(other, number)
 
 
 def problems(micro_batches: int = 8, switches: dict[str, Any] | None = None, **layout: Any) -> list[str]:

@@ -90,18 +90,21 @@ def check_division(stages: Sequence[Stage], config: MegatronModelConfig, mesh: M
         raise AssertionError(f"The stages of the pipeline have built {', '.join(wrong)}, not once.")
 
 
-def schedule_for(layout: LayoutConfig, count: int) -> str:
-    """The schedule that runs ``count`` micro-batches: the layout's, or one that takes so few.
+def runs_of(layout: LayoutConfig, count: int) -> list[tuple[str, int]]:
+    """The schedules that run ``count`` micro-batches one after the other, and how many each runs.
 
-    Steps of a batch-size ramp may have fewer micro-batches than the schedule needs. Another one with the
-    same stages on the same ranks then runs them; with so few it holds no more activations.
+    It is the layout's own, but steps of a batch-size ramp may have fewer micro-batches than it needs, or
+    not whole rounds of them. Others with the same stages on the same ranks then run what is left, which
+    is so few that they hold no more activations.
     """
-    schedule = layout.pipeline_schedule
+    schedule, size = layout.pipeline_schedule, layout.pipeline_parallel_size
     if takes(layout, count):
-        return schedule
+        return [(schedule, count)]
     if schedule in _ONE_STAGE:
-        return "gpipe"
-    return "looped_bfs" if schedule in LOOPED_SCHEDULES else "zbv"
+        return [("gpipe", count)]
+    if schedule in LOOPED_SCHEDULES:
+        return [(schedule, count - count % size), ("looped_bfs", count % size)]
+    return [("zbv", count)]
 
 
 class _Stage(PipelineStage):
@@ -134,7 +137,7 @@ class Pipeline:
         self.hidden_size = hidden_size
         self.dtype = dtype or torch.float32
         self.group = mesh.axis("pipeline").get_group()
-        self._schedules: dict[tuple[int, int, int], Schedule] = {}
+        self._schedules: dict[tuple[str, int, int, int], Schedule] = {}
         self._factor = torch.ones((), device=mesh.device)
         # Called when a pass for weights alone has left gradients that no hook of theirs was told of.
         self.after_weights: Callable[[], None] = lambda: None
@@ -145,16 +148,24 @@ class Pipeline:
         Returns:
             The summed loss without the factor; zero on ranks without the last stage.
         """
-        rows, columns = batches[0].input_ids.shape
-        schedule = self._schedule(len(batches), rows, columns)
         self._factor = factor
+        total = torch.zeros((), device=self.mesh.device)
+        start = 0
+        for name, count in runs_of(self.mesh.layout, len(batches)):
+            total += self._run(name, batches[start : start + count])
+            start += count
+        return total / factor
+
+    def _run(self, name: str, batches: Sequence[Batch]) -> Tensor:
+        """One schedule from its first to its last micro-batch: the loss with the factor, or zero."""
+        schedule = self._schedule(name, len(batches), *batches[0].input_ids.shape)
         whole = _concatenate(batches)
         ids = whole.pop("input_ids")
         inputs = (ids,) if self.mesh.has_first_stage else ()
         losses: list[Tensor] = []
         if self.mesh.has_last_stage:
             schedule.step(*inputs, target=whole["labels"], losses=losses, return_outputs=False, **whole)
-            return torch.stack([loss.detach() for loss in losses]).sum() / factor
+            return torch.stack([loss.detach() for loss in losses]).sum()
         whole.pop("labels")
         schedule.step(*inputs, return_outputs=False, **whole)
         return torch.zeros((), device=self.mesh.device)
@@ -197,15 +208,16 @@ class Pipeline:
         shape = (rows, columns // shards, self.hidden_size)
         return torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
 
-    def _schedule(self, count: int, rows: int, columns: int) -> Schedule:
-        key = (count, rows, columns)
+    def _schedule(self, name: str, count: int, rows: int, columns: int) -> Schedule:
+        key = (name, count, rows, columns)
         if key not in self._schedules:
             # Batch-size ramps change the count: keep only what the present one needs.
-            self._schedules = {key: self._make_schedule(count, rows, columns)}
+            self._schedules = {
+                other: made for other, made in self._schedules.items() if other[0] != name
+            } | {key: self._make_schedule(*key)}
         return self._schedules[key]
 
-    def _make_schedule(self, count: int, rows: int, columns: int) -> Schedule:
-        name = schedule_for(self.mesh.layout, count)
+    def _make_schedule(self, name: str, count: int, rows: int, columns: int) -> Schedule:
         stages: list[_PipelineStageBase] = [self._make_stage(stage, rows, columns) for stage in self.stages]
         # ``scale_grads=False``: the factor is the only owner of gradient scale.
         if name in _ONE_STAGE:
