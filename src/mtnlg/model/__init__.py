@@ -2,7 +2,7 @@
 
 from mtnlg.model.attention import Attention, KeyValueCache
 from mtnlg.model.decoder import DecoderLayer, DecoderOutput, Embedding, Head, MegatronLmDecoder
-from mtnlg.model.initialization import initial_value, initialize_weights
+from mtnlg.model.initialization import initial_expert, initial_value, initialize_weights
 from mtnlg.model.loss import IGNORED_LABEL, summed_cross_entropy
 from mtnlg.model.moe import Experts, MixtureOfExperts
 from mtnlg.model.router import Router
@@ -19,6 +19,7 @@ __all__ = [
     "MegatronLmDecoder",
     "MixtureOfExperts",
     "Router",
+    "initial_expert",
     "initial_value",
     "initialize_weights",
     "summed_cross_entropy",

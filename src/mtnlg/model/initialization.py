@@ -54,17 +54,22 @@ def initial_value(name: str, shape: Sequence[int], config: MegatronModelConfig, 
         return torch.zeros(tuple(shape))
     if len(shape) == 1:
         return torch.ones(tuple(shape))
-    std = initial_std(name, config)
-    if std == 0.0:
-        return torch.zeros(tuple(shape))
     if len(shape) == 3:
-        experts = [_normal(f"{name}.{expert}", shape[1:], std, seed) for expert in range(shape[0])]
-        return torch.stack(experts)
-    return _normal(name, shape, std, seed)
+        return torch.stack([initial_expert(name, n, shape[1:], config, seed) for n in range(shape[0])])
+    return _normal(name, shape, initial_std(name, config), seed)
+
+
+def initial_expert(
+    name: str, expert: int, shape: Sequence[int], config: MegatronModelConfig, seed: int
+) -> Tensor:
+    """One expert's matrix [out, in] of the parameter ``name`` [experts, out, in]."""
+    return _normal(f"{name}.{expert}", shape, initial_std(name, config), seed)
 
 
 def _normal(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
     """Numbers that depend on the name and the seed alone."""
+    if std == 0.0:
+        return torch.zeros(tuple(shape))
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)

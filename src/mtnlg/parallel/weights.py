@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mtnlg.config import MegatronModelConfig
-from mtnlg.model import initial_value
+from mtnlg.model import initial_expert, initial_value
 from mtnlg.parallel.stage import PREFIX, Stage
 
 TIED_COPY = "head.output.weight"
@@ -74,14 +74,35 @@ def _chunk(tensor: Tensor, parts: int, dim: int, index: int) -> Tensor:
 def initialize(stage: nn.Module, config: MegatronModelConfig, seed: int) -> None:
     """Fill this rank's part of every parameter with the numbers that one process would draw.
 
-    Whole parameters are made one at a time, so the peak is the largest of them.
+    Whole parameters are made one at a time, so the peak is the largest of them; of experts, only those
+    that this rank holds.
     """
     for name, parameter in stage.named_parameters():
         name = canonical_name(name)
         if config.tie_word_embeddings and name == TIED_COPY:
             name = TIED_ORIGINAL
-        whole = initial_value(name, parameter.shape, config, seed)
         target = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        target.copy_(local_slice(whole, parameter))
+        if parameter.dim() == 3:
+            _initialize_experts(name, parameter, target, config, seed)
+        else:
+            whole = initial_value(name, parameter.shape, config, seed)
+            target.copy_(local_slice(whole, parameter))
     for buffer in stage.buffers():  # the routers' biases
         buffer.zero_()
+
+
+def _initialize_experts(
+    name: str, parameter: Tensor, target: Tensor, config: MegatronModelConfig, seed: int
+) -> None:
+    """Fill ``target``, this rank's part of [experts, out, in], one expert at a time."""
+    if target.numel() == 0:
+        return
+    places = []  # in the whole parameter, along each dimension
+    for dim, size in enumerate(parameter.shape):
+        numbers = torch.arange(size).view([-1 if other == dim else 1 for other in range(3)])
+        mine = local_slice(numbers.expand(parameter.shape), parameter)
+        places.append(mine.movedim(dim, 0)[:, 0, 0])
+    experts, rows, columns = places
+    for part, expert in zip(target, experts.tolist()):
+        whole = initial_expert(name, expert, parameter.shape[1:], config, seed)
+        part.copy_(whole[rows][:, columns])
