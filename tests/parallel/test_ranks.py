@@ -24,3 +24,8 @@ def test_failing_rank_fails_the_call_with_all_traces_and_the_pool_recovers() -> 
         assert pool.run(2, workers.sum_of_ranks, 1) == [2, 2]
     finally:
         pool.close()
+
+
+def test_a_mesh_is_cut_once(ranks: RankPool) -> None:
+    """torch takes milliseconds for it, and the gradient norm asks for every weight."""
+    assert ranks.run(2, workers.axes_are_cut_once) == [True, True]

@@ -55,6 +55,12 @@ def _mesh(layout_fields: tuple[tuple[str, Any], ...]) -> Mesh:
     return build_mesh(LayoutConfig(**dict(layout_fields)), device_type())
 
 
+def axes_are_cut_once() -> bool:
+    mesh = mesh_of({"tensor_parallel_size": 2, "data_parallel_size": 1})
+    names = ("pipeline", "tensor")
+    return mesh.axis("tensor") is mesh.axis("tensor") and mesh.axis(*names) is mesh.axis(*names)
+
+
 def sum_of_ranks(start: int) -> int:
     total = torch.tensor(dist.get_rank())
     dist.all_reduce(total)
