@@ -98,3 +98,8 @@ CASES = [
         for method in METHODS
     ),
 ]
+
+COMPILED = [
+    Case(context=2, family="llama", layout=method, switches={"compile": True}, documents=True)
+    for method in METHODS
+]
