@@ -85,7 +85,13 @@ CASES = [
         for sharding in SHARDINGS
     ),
     *(
-        Case(1, 2, data, "llama", layout={"pipeline_schedule": schedule, **sharding}, precision=precision)
+        # Five layers in bf16 end 7% from float32 in one process too.
+        Case(
+            *(1, 2, data, "llama"),
+            layout={"pipeline_schedule": schedule, **sharding},
+            precision=precision,
+            bound=0.1 if precision else None,
+        )
         for schedule in ("interleaved_zero_bubble", "zbv", "dualpipev")
         for data, sharding in ((1, {}), (2, SHARDINGS[0]), (2, SHARDINGS[1]))
         for precision in ({}, BF16)
