@@ -160,7 +160,12 @@ def test_signals_end_a_verb_with_their_code(number, code):
         "cli._dispatch = lambda _: (print('ready', flush=True), time.sleep(60));"
         "sys.exit(cli.main(['demo']))"
     )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # job control may ignore it
+    )
     assert child.stdout.readline() == b"ready\n"
     child.send_signal(number)
     _, err = child.communicate(timeout=30)

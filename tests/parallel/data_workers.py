@@ -50,6 +50,7 @@ class Messages(TorchDispatchMode):
 
 def held_bytes() -> int:
     """Bytes of all tensors that Python knows of."""
+    gc.collect()  # what is dead counts neither before nor after
     sizes = {}
     for item in gc.get_objects():
         if issubclass(type(item), torch.Tensor):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from tests.parallel.workers import SEED, make_batches, mesh_of, share_of
 
 from mtnlg.config import MegatronModelConfig, TrainingConfig
-from mtnlg.parallel import ParallelModel, lay_out
+from mtnlg.parallel import ParallelModel, activation_budget, lay_out
 from mtnlg.parallel.activation_memory import measure_layers
 
 
@@ -41,3 +43,21 @@ def _gradients(model: ParallelModel) -> dict[str, Any]:
         for name, weight in model.named_parameters()
         if weight.grad is not None
     }
+
+
+def gradients_with_unequal_meters(
+    model_fields: dict[str, Any], layout_fields: dict[str, Any], switches: list[dict[str, Any]]
+) -> Any:
+    """As :func:`gradients_with`, while rank 1 measures that every other level keeps twice as much."""
+    measure = activation_budget.measure
+
+    def wrong(*args: Any) -> list[activation_budget.Cost]:
+        costs = measure(*args)
+        return [replace(cost, kept=cost.kept * (1 + index % 2)) for index, cost in enumerate(costs)]
+
+    if dist.get_rank() == 1:
+        activation_budget.measure = wrong
+    try:
+        return gradients_with(model_fields, layout_fields, switches)
+    finally:
+        activation_budget.measure = measure

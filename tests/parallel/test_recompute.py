@@ -163,6 +163,14 @@ def test_offloaded_activations_come_back_as_they_were(monkeypatch, switches):
     assert_all_equal(memory_workers.gradients_with(model, layout_fields(1, 1, 1), [{}, away]))
 
 
+def test_ranks_choose_together_whatever_each_has_measured(ranks: RankPool) -> None:
+    """They gather sequences again in the backward pass: one that chose otherwise would wait for ever."""
+    switches = [{}, budget(0.45)]
+    args = ({**GPT, "num_hidden_layers": 4}, layout_fields(2, 1, 1), switches)
+    for found in ranks.run(2, memory_workers.gradients_with_unequal_meters, *args, timeout=60.0):
+        assert_all_equal(found)
+
+
 def test_offload_is_refused_on_a_cpu():
     config, mesh = MegatronModelConfig(**GPT), build_mesh(LayoutConfig(data_parallel_size=1))
     with pytest.raises(ConfigError, match="in the CPU's memory already"):

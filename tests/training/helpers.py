@@ -133,7 +133,7 @@ def train_with_full_disk(config: RunConfig, rank: int) -> str:
 def load_and_save(config: RunConfig, run_dir: str) -> None:
     """Load the newest checkpoint into ``config.layout`` and save it into another folder."""
     trainer = Trainer(config, build_mesh(config.layout))
-    trainer.config = replace(config, run_dir=run_dir)
+    trainer.saver.run_dir = run_dir
     trainer._saved = (-1, 0.0)
     trainer._save(is_last=True)
 

@@ -8,7 +8,7 @@ theirs. Of all ways to keep within the budget the one that computes least again 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,10 +53,15 @@ class Budget:
         layers: of the stage.
         share: of the bytes without recomputation that may be kept, in [0, 1]; 0 keeps the least
             possible.
+        agree: the largest of some numbers over all ranks that run the stage. They recompute messages to
+            each other: where one measured a few bytes more, all must choose by these.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], share: float) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], share: float, agree: Callable[[list[int]], list[int]] = list
+    ) -> None:
         self.share = share
+        self._agree = agree
         self._kinds: dict[Any, list[nn.Module]] = {}
         for layer in layers:
             self._kinds.setdefault(_kind(layer), []).append(layer)
@@ -75,6 +80,8 @@ class Budget:
         """
         if id(layer) not in self._levels:
             costs = measure(layer, run, inputs)
+            kept = self._agree([cost.kept for cost in costs])
+            costs = [replace(cost, kept=largest) for cost, largest in zip(costs, kept)]
             group = next(group for group in self._kinds.values() if any(one is layer for one in group))
             levels = choose(costs, len(group), self.share)
             for one, level in zip(group, levels):

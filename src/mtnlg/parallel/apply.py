@@ -76,7 +76,7 @@ def _lay_out_stage(
     divide_experts(decoder, mesh)
     share_context(decoder, mesh)
     separate_attention_dropout(decoder, mesh)
-    recompute_activations(decoder, switches, mesh.device)
+    recompute_activations(decoder, switches, mesh)
     shards = mesh.tensor_size if mesh.layout.sequence_parallel else 1
     stage = Stage(decoder, number, shards, shares_context=mesh.context_size > 1)
     shard_over_replicas(stage, mesh, precision)

@@ -162,6 +162,19 @@ class Mesh:
         """Sum over all ranks, in place."""
         return self._sum(value, AXES)
 
+    def largest_in_stage(self, values: list[int]) -> list[int]:
+        """The largest of each of ``values`` over the ranks that run the same stages: what they decide by.
+
+        Ranks that send each other messages in the same places must never decide by numbers of their own.
+        """
+        if self.device_mesh is None:
+            return values
+        largest = torch.tensor(values, dtype=torch.int64, device=self.device)
+        for axis in AXES[1:]:
+            if self.size(axis) > 1:
+                dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.axis(axis).get_group())
+        return largest.tolist()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.device_mesh is not None:

@@ -32,22 +32,22 @@ from mtnlg.model import DecoderLayer, Experts, MegatronLmDecoder
 from mtnlg.model.mlp import Mlp
 from mtnlg.parallel import remake
 from mtnlg.parallel.activation_budget import FULL, Budget, Level
+from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.offload import LayerMemory, Offload
 
 Forward = Callable[..., Tensor]
 
 
-def recompute_activations(
-    decoder: MegatronLmDecoder, switches: TrainingConfig, device: torch.device
-) -> None:
+def recompute_activations(decoder: MegatronLmDecoder, switches: TrainingConfig, mesh: Mesh) -> None:
     """Let each layer keep less for its backward pass, as ``switches.activation_recomputation`` says.
 
     Args:
         decoder: the model, or one stage of it.
         switches: ``none``, ``selective``, ``operators``, ``budget`` or ``full``, and what belongs to
             it; whether what is kept is kept on the CPU; whether layers are compiled.
-        device: where it runs.
+        mesh: where it runs.
     """
+    device = mesh.device
     what = switches.activation_recomputation
     dropout = decoder.config.hidden_dropout > 0 or decoder.config.attention_dropout > 0
     layers = [layer for layer in decoder.layers.values() if isinstance(layer, DecoderLayer)]
@@ -58,7 +58,9 @@ def recompute_activations(
         return
     if what == "none" and not switches.activation_offload:
         return
-    budget = Budget(layers, switches.activation_memory_budget) if what == "budget" else None
+    budget = None
+    if what == "budget":
+        budget = Budget(layers, switches.activation_memory_budget, mesh.largest_in_stage)
     offload = Offload(device) if switches.activation_offload else None
     chosen = {"selective": frozenset(["attention"]), "full": FULL}
     chosen["operators"] = frozenset(switches.recomputed_operators)
