@@ -7,6 +7,8 @@ Every contender is a set of processes that are started once, one thread a rank; 
 two. They step in turn, one contender at a time while the others wait for a line of input, for
 ``--rounds`` rounds. All run the same micro-batches one after the other, add their gradients up, clip and
 step AdamW. The table gives medians, and each contender's share of the single process of the same round.
+The contenders of the larger shape do not fit into memory together: there each layout has its own rounds,
+with a single process among its contenders.
 """
 
 from __future__ import annotations
@@ -177,13 +179,28 @@ class Contender:
 
 
 def measure(name: str, arguments: argparse.Namespace) -> str:
-    """Step every contender in turn, and table the results."""
+    """Step contenders in turn, as many as fit into memory, and table the results."""
     shape, count = shape_of(name, arguments.micro_batches)
     rounds = dict(zip(arguments.shapes, arguments.rounds)).get(name, arguments.rounds[-1])
-    say(f"{name}: starting")
+    together = [[layout] for layout in arguments.layouts] if name == "gpt2" else [arguments.layouts]
+    text = f"## {name}: {shape.layers} × {shape.hidden}, vocabulary {shape.vocab}, "
+    text += f"sequence {shape.sequence}, {count} micro-batches of {shape.batch // count}\n\n"
+    text += f"Medians of {rounds} rounds.\n\n"
+    text += "| | tokens/s | of one process | slowest–fastest | tokens per processor second | first loss |\n"
+    text += "|---|---|---|---|---|---|\n"
+    for layouts in together:
+        text += rows(shape, take_turns(name, layouts, rounds, arguments))
+    return text
+
+
+def take_turns(
+    name: str, layouts: list[str], rounds: int, arguments: argparse.Namespace
+) -> list[Contender]:
+    """The single process and all peers in these layouts, each stepped ``rounds`` times."""
+    say(f"{name}: starting {' '.join(layouts)}")
     contenders = [Contender("mtnlg", "one process", name, arguments)]
     contenders += [
-        Contender(peer, layout, name, arguments) for layout in arguments.layouts for peer in arguments.peers
+        Contender(peer, layout, name, arguments) for layout in layouts for peer in arguments.peers
     ]
     for contender in contenders:  # they build side by side, and step only in turn
         contender.wait()
@@ -199,15 +216,11 @@ def measure(name: str, arguments: argparse.Namespace) -> str:
         say(f"  round {number + 1} of {rounds}")
     for contender in contenders:
         contender.close()
-    return table(name, shape, count, rounds, contenders)
+    return contenders
 
 
-def table(name: str, shape: Shape, count: int, rounds: int, contenders: list[Contender]) -> str:
-    text = f"## {name}: {shape.layers} × {shape.hidden}, vocabulary {shape.vocab}, "
-    text += f"sequence {shape.sequence}, {count} micro-batches of {shape.batch // count}\n\n"
-    text += f"Medians of {rounds} rounds.\n\n"
-    text += "| | tokens/s | of one process | slowest–fastest | tokens per processor second | first loss |\n"
-    text += "|---|---|---|---|---|---|\n"
+def rows(shape: Shape, contenders: list[Contender]) -> str:
+    text = ""
     for contender in contenders:
         label = f"{contender.peer} {contender.layout}"
         if contender.error or not contender.seconds:

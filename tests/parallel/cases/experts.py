@@ -9,6 +9,8 @@ from tests.parallel.parity import Case
 BIAS: dict[str, Any] = dict(
     router_load_balancing="bias", router_score_function="sigmoid", router_bias_update_rate=0.05
 )
+# Rounded hidden states send some tokens to other experts: one process in bf16 differs by 0.09 as well.
+BF16_BOUND = 0.1
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
 
 
@@ -32,8 +34,14 @@ CASES = [
     *[moe(data=4, expert=4, layout={"data_parallel_sharding": kind}) for kind in SHARDINGS],
     *[moe(tensor=2, data=2, expert=2, layout={"data_parallel_sharding": kind}) for kind in SHARDINGS],
     *[moe(pipeline=2, data=2, expert=2, layout={"data_parallel_sharding": kind}) for kind in SHARDINGS],
-    moe(data=2, expert=2, precision={"dtype": "bf16"}),
-    moe(data=4, expert=2, precision={"dtype": "bf16"}, layout={"data_parallel_sharding": "zero3"}),
+    moe(data=2, expert=2, precision={"dtype": "bf16"}, bound=BF16_BOUND),
+    moe(
+        data=4,
+        expert=2,
+        precision={"dtype": "bf16"},
+        layout={"data_parallel_sharding": "zero3"},
+        bound=BF16_BOUND,
+    ),
     moe(
         data=8,
         expert=4,
