@@ -34,7 +34,8 @@ labels of unequal counts, an odd vocabulary, layers that do not divide. *Gradien
 unclipped gradient over the largest gradient of the model, over all ranks. *Loss* (in training and in
 evaluation) and gradient *norm*: relative. *Weights*: after three clipped steps of AdamW, largest difference
 over the largest change (epsilon is as large as the gradients there: AdamW divides a gradient by its own
-size, and where the true gradient is zero that size is rounding error). Bounds: {bounds}. The first weights
+size, and where the true gradient is zero that size is rounding error). Bounds: {bounds}; for the weights
+three times that, one for each step, since each step multiplies the rounding of the last. The first weights
 are the same bits everywhere, and so are all copies of a weight and its gradient."""
 Row = dict[str, Any]  # topic, case, the numbers of a Difference, problems
 

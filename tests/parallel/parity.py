@@ -64,7 +64,7 @@ class Case:
         micro_batches: of each replica; ``None`` is one for each stage, at least 2.
         rows: sequences of a micro-batch.
         sequence: tokens of a sequence.
-        bound: of every relative difference; ``None`` is that of the precision.
+        bound: of every relative difference in a step; ``None`` is that of the precision.
     """
 
     tensor: int = 1
@@ -110,7 +110,7 @@ class Case:
 
     @property
     def allowed(self) -> float:
-        """The bound of every relative difference."""
+        """The bound of every relative difference of one step; weights have taken several."""
         return self.bound or BOUNDS[self.precision.get("dtype", "float32")]
 
 
@@ -152,7 +152,7 @@ class Difference:
         found = [
             f"{name} {getattr(self, name):.1e}"
             for name in ("gradient", "loss", "norm", "after")
-            if not getattr(self, name) <= case.allowed
+            if not getattr(self, name) <= case.allowed * (parity_worker.STEPS if name == "after" else 1)
         ]
         found += ["first weights differ"] * (not self.weights_equal)
         return found + ["copies differ"] * (not self.copies_equal)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tests.parallel.parity import Case
 
-# Heads of 4: norms over 3 numbers are so steep that three steps of AdamW double the rounding.
+# Norms over heads of a few numbers are so steep that three steps of AdamW multiply the rounding.
 TWO_HEADS = {"num_key_value_heads": 2, "num_attention_heads": 8, "hidden_size": 32}
-ONE_HEAD = {"num_key_value_heads": 1}
+ONE_HEAD = {"num_key_value_heads": 1, "hidden_size": 32}
 WHOLE_STREAM = {"sequence_parallel": False}
 GPT_SHARED = {**ONE_HEAD, "qk_normalization": True, "position_embedding": "rotary"}
 
