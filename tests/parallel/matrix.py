@@ -3,8 +3,8 @@
     python -m tests.parallel.matrix [--topic context] [--compiled] [--device cuda] [--resume]
 
 Takes some minutes: up to eight ranks on real gloo groups, one thread each; with ``--device cuda`` on NCCL,
-as many ranks as there are GPUs. What is done is kept beside the table until it is whole, so that
-``--resume`` goes on where it was interrupted.
+as many ranks as there are GPUs. Interrupted (Ctrl-C), it tables what it has and says how much is missing;
+what is done is kept beside the table until it is whole, so that ``--resume`` goes on from there.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def chosen_cases(topic: str | None, compiled: bool, most_ranks: int) -> list[tup
     return sorted(found.values(), key=lambda pair: pair[1].size)
 
 
-def report(rows: list[Row], pairs: list[tuple[str, str, float]], minutes: float) -> str:
+def report(rows: list[Row], pairs: list[tuple[str, str, float]], minutes: float, missing: int) -> str:
     """The tables in Markdown."""
     good = sum(not row["problems"] for row in rows)
     where = f"{os.cpu_count()} cores ({platform.machine()}), gloo, one thread a rank"
@@ -98,6 +98,8 @@ def report(rows: list[Row], pairs: list[tuple[str, str, float]], minutes: float)
         "",
         f"{good} of {len(rows)} within their bounds.",
     ]
+    if missing:
+        lines += ["", f"Interrupted: {missing} more cases, of the most ranks, were not run."]
     for topic in dict.fromkeys(row["topic"] for row in rows):
         lines += table(topic, [row for row in rows if row["topic"] == topic])
     return "\n".join(lines + pair_lines(pairs)) + "\n"
@@ -148,19 +150,23 @@ def main() -> int:
         done = {row["case"]: row for row in map(json.loads, part.read_text().splitlines())}
     pool, begun = RankPool(), time.monotonic()
     rows, pairs = [], []
+    chosen = chosen_cases(options.topic, options.compiled, most_ranks)
     try:
         with part.open("w") as file:
-            chosen = chosen_cases(options.topic, options.compiled, most_ranks)
             for row in rows_of(pool, chosen, done, 1800.0 if options.compiled else 300.0):
                 file.write(json.dumps(row, default=float) + "\n")
                 file.flush()
                 rows.append(row)
         if not options.topic and most_ranks >= 8:
             pairs = list(checkpoint_pairs(pool))
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(rows)} of {len(chosen)} cases; --resume goes on", file=sys.stderr)
     finally:
         pool.close()
-    out.write_text(report(rows, pairs, (time.monotonic() - begun) / 60.0), encoding="utf-8")
-    part.unlink()
+    missing, minutes = len(chosen) - len(rows), (time.monotonic() - begun) / 60.0
+    out.write_text(report(rows, pairs, minutes, missing), encoding="utf-8")
+    if not missing:
+        part.unlink()
     print(f"written {out}")
     return 1 if any(row["problems"] for row in rows) else 0
 
