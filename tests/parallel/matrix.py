@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import sys
@@ -50,11 +51,8 @@ def rows_of(
         if case.size != size:
             pool.end_world(size)
             size = case.size
-        row = done.get(case.name) or {
-            "topic": topic,
-            "case": case.name,
-            **run(pool, case, references, timeout),
-        }
+        found = again(done.get(case.name), case) or run(pool, case, references, timeout)
+        row = {"topic": topic, "case": case.name, **found}
         verdict = "; ".join(row["problems"]) or f"gradient {row['gradient']:.1e}  after {row['after']:.1e}"
         print(f"{number}/{len(chosen)} {case.name:70} {verdict}", file=sys.stderr)
         yield row
@@ -68,6 +66,14 @@ def run(pool: RankPool, case: Case, references: dict[str, Any], timeout: float) 
         print(error, file=sys.stderr)
         last = str(error).strip().splitlines()[-1]
         return {**dict.fromkeys(NUMBERS, float("nan")), "problems": [last]}
+    return {**dataclasses.asdict(difference), "problems": difference.problems(case)}
+
+
+def again(row: Row | None, case: Case) -> Row | None:
+    """A row of an earlier run, judged by today's bounds; ``None`` where there is no result."""
+    if row is None or any(math.isnan(row[name]) for name in NUMBERS):
+        return None
+    difference = Difference(**{item.name: row[item.name] for item in dataclasses.fields(Difference)})
     return {**dataclasses.asdict(difference), "problems": difference.problems(case)}
 
 
