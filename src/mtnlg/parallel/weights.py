@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from mtnlg.config import MegatronModelConfig
 from mtnlg.model import initial_expert, initial_value
 from mtnlg.parallel.stage import PREFIX, Stage
+from mtnlg.parallel.working_copy import like
 
 TIED_COPY = "head.output.weight"
 TIED_ORIGINAL = "embedding.tokens.weight"
@@ -54,14 +55,9 @@ def whole_tensor(tensor: Tensor) -> Tensor:
         return tensor
     part = tensor.to_local()
     if part.device.type != tensor.device_mesh.device_type:  # offloaded to the CPU's memory
-        tensor = DTensor.from_local(
-            part.to(tensor.device_mesh.device_type),
-            tensor.device_mesh,
-            tensor.placements,
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
+        moved = like(tensor, part.to(tensor.device_mesh.device_type))
+        assert isinstance(moved, DTensor)
+        tensor = moved
     return tensor.full_tensor()
 
 

@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 
 from mtnlg.config import OptimizerConfig
 from mtnlg.parallel.weights import local_slice, whole_tensor
+from mtnlg.parallel.working_copy import like
 from mtnlg.training.muon import orthogonalize, rate_factor, update_direction
 
 
@@ -83,7 +84,7 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """State by ``NAME.KIND``, each tensor laid out as its parameter and sharing our memory."""
         return {
-            f"{name}.{kind}": _like_parameter(tensor, parameter)
+            f"{name}.{kind}": like(parameter, tensor)
             for group in self.groups
             for kind, tensors in group.state.items()
             for name, parameter, tensor in zip(group.names, group.parameters, tensors)
@@ -160,22 +161,8 @@ def _muon_step(
         if gradient is None:
             continue
         direction = update_direction(gradient / gradient_divisor, buffer, config.muon_momentum)
-        update = local_slice(orthogonalize(whole_tensor(_like_parameter(direction, parameter))), parameter)
+        update = local_slice(orthogonalize(whole_tensor(like(parameter, direction))), parameter)
         rows, columns = parameter.shape[-2:]
         values = local(parameter).detach()
         values.mul_(1.0 - rate * group.weight_decay)
         values.add_(update.to(values.device), alpha=-rate * rate_factor(rows, columns))
-
-
-def _like_parameter(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A DTensor over the local ``tensor`` in the layout of ``parameter`` (itself where plain)."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    return DTensor.from_local(
-        tensor,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )

@@ -25,6 +25,7 @@ from mtnlg.config import CheckpointConfig
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.training.checkpoint_files import prune
 from mtnlg.training.checkpoints import TensorsByName, save_checkpoint
+from mtnlg.training.optimizers import local
 
 Parts = dict[str, TensorsByName]
 
@@ -40,7 +41,6 @@ class CheckpointSaver:
     Attributes:
         waited_seconds: how long training stood still for the last :meth:`save`.
         written_seconds: how long the last checkpoint took from there to ``latest``.
-        saved: folder and step of the checkpoints finished since :meth:`take_finished`.
     """
 
     def __init__(self, run_dir: str | Path, config: CheckpointConfig, mesh: Mesh) -> None:
@@ -57,7 +57,7 @@ class CheckpointSaver:
         """Make the memory for copies of ``parts`` in the background, so that no save waits for it."""
         if self.config.asynchronous and self._thread is None:
             sizes = {
-                (part, name): _local(tensor)
+                (part, name): local(tensor)
                 for part, tensors in parts.items()
                 for name, tensor in tensors.items()
             }
@@ -184,16 +184,12 @@ class CheckpointSaver:
         for part, tensors in parts.items():
             copies[part] = {}
             for name, tensor in tensors.items():
-                local = _local(tensor)
-                copy = self._buffer((part, name), local).copy_(local, non_blocking=True)
+                here = local(tensor)
+                copy = self._buffer((part, name), here).copy_(here, non_blocking=True)
                 if isinstance(tensor, DTensor):  # ``from_local`` would bring it back to the device
                     copy = DTensor(copy, tensor._spec, requires_grad=False)
                 copies[part][name] = copy
         return copies
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 @cache
