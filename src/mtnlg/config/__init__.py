@@ -9,6 +9,7 @@ from mtnlg.config.errors import (
     NotYetError,
     TrainingError,
 )
+from mtnlg.config.generation import EngineConfig
 from mtnlg.config.layout import LayoutConfig
 from mtnlg.config.layout_rules import layout_problems
 from mtnlg.config.model import MegatronModelConfig
@@ -36,6 +37,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "EvaluationConfig",
+    "EngineConfig",
     "LayoutConfig",
     "LoggingConfig",
     "MegatronModelConfig",

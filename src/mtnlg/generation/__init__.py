@@ -1,15 +1,31 @@
 """From logits to sequences: sampling rules, the key-value cache, the loop, streamed text."""
 
 from mtnlg.generation.cache import KeyValueCache
+from mtnlg.generation.engine import Engine, EngineStatistics, QueueFullError
 from mtnlg.generation.generate import Continuation, generate, next_logits
+from mtnlg.generation.request import (
+    Generation,
+    GenerationRequest,
+    GenerationUsage,
+    TokenEvent,
+    TokenLogprobs,
+)
 from mtnlg.generation.sampling import SamplingRules, choose_tokens, token_probabilities
 from mtnlg.generation.text import IncrementalDecoder, continuation_text
 
 __all__ = [
     "Continuation",
+    "Engine",
+    "EngineStatistics",
+    "Generation",
+    "GenerationRequest",
+    "GenerationUsage",
     "IncrementalDecoder",
     "KeyValueCache",
+    "QueueFullError",
     "SamplingRules",
+    "TokenEvent",
+    "TokenLogprobs",
     "choose_tokens",
     "continuation_text",
     "generate",

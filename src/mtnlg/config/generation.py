@@ -1,0 +1,59 @@
+"""How the generation engine works: batch, memory, precision, determinism, queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mtnlg.config.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bf16")
+COMPILE_MODES = ("auto", "on", "off")
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of the generation engine, the same for Python, the terminal and the server.
+
+    Args:
+        max_batch_size: requests that generate at the same time; more wait in the queue.
+        max_queue_size: requests that may wait; a further one is refused.
+        cache_gib: memory for keys and values in GiB; 0 takes what ``max_batch_size`` requests of the
+            model's full length need, at most a quarter of the device's memory.
+        prefill_chunk: most prompt tokens that one step works on, so that a long prompt does not stall
+            the tokens of the others.
+        prefix_cache: keep keys and values of finished requests for prompts that begin alike.
+        dtype: of weights and cache: ``float32``, ``bf16``, or ``auto`` (as the weights are saved).
+        deterministic: the same request gives the same tokens whatever else is in the batch, with and
+            without the prefix cache.
+        compile: let ``torch.compile`` make kernels: ``auto`` where it helps and a compiler is there.
+
+    Raises:
+        ConfigError: naming every value that is out of range.
+    """
+
+    max_batch_size: int = 32
+    max_queue_size: int = 256
+    cache_gib: float = 0.0
+    prefill_chunk: int = 256
+    prefix_cache: bool = True
+    dtype: str = "auto"
+    deterministic: bool = False
+    compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} is {getattr(self, name)}: it must be at least {least}."
+            for name, least in (
+                ("max_batch_size", 1),
+                ("max_queue_size", 0),
+                ("cache_gib", 0),
+                ("prefill_chunk", 1),
+            )
+            if not getattr(self, name) >= least
+        ]
+        for name, choices in (("dtype", DTYPES), ("compile", COMPILE_MODES)):
+            if getattr(self, name) not in choices:
+                problems.append(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}.")
+        if problems:
+            raise ConfigError(problems)
