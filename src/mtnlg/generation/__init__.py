@@ -11,7 +11,7 @@ from mtnlg.generation.request import (
     TokenLogprobs,
 )
 from mtnlg.generation.sampling import SamplingRules, choose_tokens, token_probabilities
-from mtnlg.generation.text import IncrementalDecoder, continuation_text
+from mtnlg.generation.text import IncrementalDecoder, TextStream, continuation_text
 
 __all__ = [
     "Continuation",
@@ -24,6 +24,7 @@ __all__ = [
     "KeyValueCache",
     "QueueFullError",
     "SamplingRules",
+    "TextStream",
     "TokenEvent",
     "TokenLogprobs",
     "choose_tokens",

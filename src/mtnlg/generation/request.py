@@ -38,6 +38,10 @@ class GenerationRequest:
         prompt_logprobs: the same for every token of the prompt (its first has none).
         constraint: rule that the continuation follows.
         deadline_seconds: from submission; the request then ends with what it has.
+        stream: which of the seed's streams of random numbers to draw from, so that the samples of one
+            prompt under one seed differ: 0, 1, 2, ...
+        hidden: only take in the prompt and keep its hidden states (``Generation.hidden``); nothing is
+            generated.
     """
 
     prompt_ids: Sequence[int]
@@ -52,6 +56,8 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     deadline_seconds: float | None = None
+    stream: int = 0
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
