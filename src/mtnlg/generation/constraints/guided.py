@@ -1,0 +1,204 @@
+"""JSON schemas, regular expressions, grammars and choices, compiled by llguidance.
+
+llguidance walks the tokenizer's trie of byte strings, so a rule about characters holds although a
+character may be spread over several tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mtnlg.config.errors import ConfigError, MtnlgError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from mtnlg.tokens.tokenizer import Tokenizer
+
+MOST_RULE_CHARACTERS = 1_000_000
+# Space between the parts of a JSON document: none, one space, or a new line with its indentation. With
+# any amount allowed, a model that likes white space would never come to an end.
+JSON_SPACE = r" |\n[ \t]{0,40}"
+_NAMES = {
+    "json_schema": "the JSON schema",
+    "json_object": "the JSON object",
+    "regex": "the regular expression",
+    "grammar": "the grammar",
+    "choice": "the choice",
+}
+
+
+class GuidedConstraint:
+    """A rule that llguidance has compiled.
+
+    Args:
+        matcher: at the beginning of the rule; never moved.
+        num_tokens: tokens that its masks speak of.
+    """
+
+    def __init__(self, matcher: LLMatcher, num_tokens: int) -> None:
+        self._matcher = matcher
+        self._num_tokens = num_tokens
+
+    def start(self) -> GuidedState:
+        """The state before the first generated token."""
+        return GuidedState(self._matcher.deep_copy(), self._num_tokens)
+
+
+class GuidedState:
+    """How far one sequence has come; see ``ConstraintState``."""
+
+    def __init__(self, matcher: LLMatcher, num_tokens: int) -> None:
+        self._matcher = matcher
+        self._num_tokens = num_tokens
+
+    def fill_mask(self, bitmask: Tensor) -> None:
+        """Write which tokens may come next into int32 [ceil(vocab / 32)].
+
+        Raises:
+            MtnlgError: the rule has become too large to go on with.
+        """
+        assert bitmask.is_contiguous() and bitmask.numel() * 32 >= self._num_tokens
+        self._matcher.unsafe_compute_mask_ptr(bitmask.data_ptr(), bitmask.numel() * 4)
+        self._check()
+
+    def accept(self, token: int) -> None:
+        """Go on by a token that the mask allowed.
+
+        Raises:
+            MtnlgError: it did not.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may follow."""
+        return self._matcher.is_stopped()
+
+    def copy(self) -> GuidedState:
+        """The same state, independent of this one."""
+        return GuidedState(self._matcher.deep_copy(), self._num_tokens)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise MtnlgError(f"the rule that guides generation failed: {self._matcher.get_error()}")
+
+
+def compile_grammar(
+    tokenizer: Tokenizer, vocab_size: int, end_ids: tuple[int, ...], grammar: str, kind: str
+) -> GuidedConstraint:
+    """A constraint from a grammar in llguidance's own form.
+
+    Raises:
+        ConfigError: the grammar cannot be used; the message says what is wrong with it.
+    """
+    if not end_ids:
+        raise ConfigError("a rule needs a token to end with, and the tokenizer names none: give end_ids.")
+    return _compile(tokenizer.definition, vocab_size, end_ids, grammar, kind)
+
+
+@lru_cache(maxsize=64)
+def _compile(
+    definition: str, vocab_size: int, end_ids: tuple[int, ...], grammar: str, kind: str
+) -> GuidedConstraint:
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(_guided_tokenizer(definition, vocab_size, end_ids), grammar, log_level=0)
+    if matcher.is_error():
+        raise _error(kind, matcher.get_error())
+    return GuidedConstraint(matcher, vocab_size)
+
+
+@lru_cache(maxsize=4)
+def _guided_tokenizer(definition: str, vocab_size: int, end_ids: tuple[int, ...]) -> LLTokenizer:
+    from llguidance import LLTokenizer
+
+    try:
+        return LLTokenizer(definition, n_vocab=vocab_size, eos_token=list(end_ids))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"the tokenizer cannot be used with a rule: {error}") from error
+
+
+# -- from what users write to llguidance's form
+
+
+def json_schema_grammar(schema: Any) -> str:
+    """Of a JSON schema, given as a dict, a bool or JSON text."""
+    matcher = _matcher_class()
+    try:
+        content = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(content, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _error("json_schema", str(error)) from error
+    if not isinstance(content, (dict, bool)):
+        raise _error("json_schema", f"it must be an object, not {text[:60]}")
+    _check_length(text, "json_schema")
+    try:
+        return matcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": JSON_SPACE})
+    except ValueError as error:
+        raise _error("json_schema", str(error)) from error
+
+
+def json_object_grammar(_value: object = None) -> str:
+    """Of any JSON object."""
+    return json_schema_grammar({"type": "object"})
+
+
+def regex_grammar(expression: Any) -> str:
+    """Of a regular expression in Rust's syntax, which is Python's without look-around and references."""
+    matcher = _matcher_class()
+    if not isinstance(expression, str) or not expression:
+        raise _error("regex", f"it must be a text that is not empty, not {expression!r}")
+    _check_length(expression, "regex")
+    return matcher.grammar_from_regex(expression)
+
+
+def context_free_grammar(text: Any) -> str:
+    """Of a grammar in Lark's or llama.cpp's syntax."""
+    matcher = _matcher_class()
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if not isinstance(text, str) or not text.strip():
+        raise _error("grammar", f"it must be a text that is not empty, not {text!r}")
+    _check_length(text, "grammar")
+    try:
+        lark = any_to_lark(text)
+    except Exception as error:  # the converter raises bare ones
+        raise _error(
+            "grammar", f"{error} (it has no rule `start:`, so it was read as GBNF, which needs `root ::=`)"
+        ) from error
+    return matcher.grammar_from_lark(lark)
+
+
+def choice_grammar(choices: Any) -> str:
+    """Of one of several strings."""
+    matcher = _matcher_class()
+    if isinstance(choices, str) or not choices or not all(isinstance(one, str) and one for one in choices):
+        raise _error("choice", f"it must be a list of texts that are not empty, not {choices!r}")
+    lark = "start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in choices)
+    _check_length(lark, "choice")
+    return matcher.grammar_from_lark(lark)
+
+
+def _matcher_class() -> type[LLMatcher]:
+    try:
+        from llguidance import LLMatcher
+    except ImportError as error:
+        raise ConfigError(
+            'rules for JSON, regular expressions and grammars need llguidance: pip install "mtnlg[guided]".'
+        ) from error
+    return LLMatcher
+
+
+def _check_length(text: str, kind: str) -> None:
+    if len(text) > MOST_RULE_CHARACTERS:
+        raise _error(kind, f"it has {len(text):,} characters, more than {MOST_RULE_CHARACTERS:,}")
+
+
+def _error(kind: str, problem: str) -> ConfigError:
+    return ConfigError(f"{_NAMES[kind]} cannot be used: {problem.strip().rstrip('.')}.")
