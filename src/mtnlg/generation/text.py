@@ -1,4 +1,4 @@
-"""Token ids to text piece by piece, never splitting a character, up to a stop string."""
+"""Token ids to text piece by piece: never splitting a character, ending before a stop string."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 Decode = Callable[[list[int]], str]
+
+# A character has at most 4 bytes, so no token further back than 4 can still change the text of the next.
+_MOST_PENDING = 8
+_PROMPT_CONTEXT = 16  # tokens of the prompt that a decoder looks at
 
 
 class IncrementalDecoder:
@@ -16,6 +20,8 @@ class IncrementalDecoder:
     sequence that is cut short decodes to exactly one, at the end. So that last one is held back,
     and if generation stops there it is never sent: half a character is nothing.
 
+    Each token decodes a few of its neighbours and nothing else, however long the text has become.
+
     Args:
         decode: ids to text, e.g. ``tokenizer.decode``.
         context: ids that came before (the prompt); some tokenizers write a word differently at the
@@ -24,9 +30,9 @@ class IncrementalDecoder:
 
     def __init__(self, decode: Decode, context: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._context = list(context)  # the last complete piece, or the prompt
-        self._pending: list[int] = []  # since then
-        self._context_length = len(decode(self._context)) if context else 0  # characters
+        self._context = _end_of_prompt(decode, context)  # what came before the pending ones
+        self._pending: list[int] = []  # whose text is not all handed out, or that open the next piece
+        self._context_length = len(decode(self._context)) if self._context else 0  # characters
         self._num_sent = 0  # characters of the pending text already handed out
 
     def push(self, token: int) -> str:
@@ -37,8 +43,10 @@ class IncrementalDecoder:
         stable = text if is_complete else text[:-1]
         piece = stable[self._num_sent :]
         self._num_sent = len(stable)
-        if is_complete:
+        if is_complete and text:
             self._start_anew()
+        elif len(self._pending) > _MOST_PENDING:
+            self._forget_the_oldest(text)
         return piece
 
     def _start_anew(self) -> None:
@@ -46,19 +54,34 @@ class IncrementalDecoder:
         self._context_length = len(self._decode(self._context))
         self._num_sent = 0
 
+    def _forget_the_oldest(self, text: str) -> None:
+        """Shorten what is pending, where ids without text, or bytes of no character, go on and on."""
+        if not text:
+            self._pending.clear()
+            return
+        unsent = text[self._num_sent :]
+        for kept in range(1, _MOST_PENDING):
+            context, pending = self._pending[-_MOST_PENDING:-kept], self._pending[-kept:]
+            length = len(self._decode(context))
+            if self._decode(context + pending)[length:] == unsent:
+                self._context, self._pending = context, pending
+                self._context_length, self._num_sent = length, 0
+                return
+
 
 class TextStream:
-    """The text of a generation while it grows: whole characters, ended by stop strings.
+    """Turns tokens into text that is certain: whole characters, nothing from a stop string on.
 
-    Text that could still become a stop string is held back until it is certain, so a stop string may
-    lie across any number of tokens and no part of it is ever given out.
+    The text ends where the first stop string is complete, whatever tokens it came in; of several that
+    end at the same character, the longest counts. An end of the text that may still become a stop
+    string is held back until it is known.
 
     Args:
-        decode: ids to text.
+        decode: ids to text, e.g. ``tokenizer.decode``.
         prompt_ids: what came before; its text is not part of the stream.
-        stop: strings that end the text. Of several that are there, the one that is whole first counts.
-        include_stop: let the text end with the stop string.
-        min_tokens: a stop string that is whole before so many tokens were pushed counts as text.
+        stop: stop strings.
+        include_stop: let the text end with the stop string instead of before it.
+        min_tokens: a stop string that is complete before so many tokens were pushed counts as text.
     """
 
     def __init__(
@@ -69,42 +92,61 @@ class TextStream:
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        self.is_stopped = False
         self._decoder = IncrementalDecoder(decode, prompt_ids)
-        self._stop = tuple(text for text in stop if text)
+        self._stop = [string for string in dict.fromkeys(stop) if string]
         self._include_stop = include_stop
-        self._num_free = min_tokens - 1  # tokens that cannot end the text
-        self._held = ""
+        self._num_free = max(min_tokens - 1, 0)  # tokens to come that cannot end the text
+        self._held = ""  # shorter than the longest stop string
+        self.stopped_by: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string came; no more tokens are taken then."""
+        return self.stopped_by is not None
 
     def push(self, token: int) -> str:
         """The text that is certain with ``token``; may be empty."""
         piece = self._decoder.push(token)
-        if self._num_free > 0:
-            self._num_free -= 1
-            return piece
+        may_stop, self._num_free = self._num_free == 0, max(self._num_free - 1, 0)
         if not self._stop or not piece:
             return piece
         text = self._held + piece
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
-            end, start = min(ends)
-            self.is_stopped, self._held = True, ""
-            return text[: end if self._include_stop else start]
-        self._held = text[len(text) - self._num_uncertain(text) :]
-        return text[: len(text) - len(self._held)]
+        if may_stop and (found := self._first_stop(text, len(self._held))) is not None:
+            start, self.stopped_by = found
+            self._held = ""
+            return text[:start] + (self.stopped_by if self._include_stop else "")
+        certain = len(text) - self._beginning_of_stop(text)
+        self._held = text[certain:]
+        return text[:certain]
 
     def finish(self) -> str:
-        """What was held back and will not become a stop string any more; half a character is dropped."""
+        """What was held back for a stop string that did not come."""
         held, self._held = self._held, ""
         return held
 
-    def _num_uncertain(self, text: str) -> int:
-        """Characters at the end of ``text`` that a stop string may begin with."""
-        longest = min(len(text), max(len(stop) for stop in self._stop) - 1)
-        for count in range(longest, 0, -1):
-            if any(len(stop) > count and stop.startswith(text[-count:]) for stop in self._stop):
-                return count
-        return 0
+    def _first_stop(self, text: str, num_old: int) -> tuple[int, str] | None:
+        """(start, string) of the stop string that is complete first, past the ``num_old`` characters."""
+        found = []
+        for string in self._stop:
+            start = text.find(string, max(0, num_old - len(string) + 1))
+            if start >= 0:
+                found.append((start + len(string), start, string))
+        if not found:
+            return None
+        _, start, string = min(found)
+        return start, string
+
+    def _beginning_of_stop(self, text: str) -> int:
+        """Length of the longest end of ``text`` that a stop string begins with but does not fill."""
+        return max(
+            (
+                length
+                for string in self._stop
+                for length in range(1, min(len(string), len(text) + 1))
+                if text.endswith(string[:length])
+            ),
+            default=0,
+        )
 
 
 def continuation_text(decode: Decode, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
@@ -112,3 +154,12 @@ def continuation_text(decode: Decode, prompt_ids: Sequence[int], new_ids: Sequen
     before = decode(list(prompt_ids)) if prompt_ids else ""
     text = decode([*prompt_ids, *new_ids])[len(before) :]
     return text.removesuffix(REPLACEMENT)
+
+
+def _end_of_prompt(decode: Decode, prompt: Sequence[int]) -> list[int]:
+    """The last few ids of a prompt: enough that what follows is written as after all of it."""
+    end = list(prompt[-_PROMPT_CONTEXT:])
+    # Ids without text (special tokens) would leave the next word at the beginning of a text.
+    if len(end) < len(prompt) and not decode(end).strip(REPLACEMENT):
+        return list(prompt)
+    return end
