@@ -55,6 +55,9 @@ class Runner(Protocol):
     def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
         """Hidden states after the last layer and final norm of each row's new tokens, [new, hidden]."""
 
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Let each target page hold what its source page holds: a sequence goes on in two ways."""
+
 
 class PagedKeyValues:
     """Keys and values of one sequence, seen through its pages, as the model's cache.
@@ -129,3 +132,9 @@ class PlainRunner:
             assert output.hidden is not None and head is not None
             found.append(head.norm(output.hidden[0]))
         return found
+
+    @torch.inference_mode()
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See :class:`Runner`."""
+        for pool in (*self._keys.values(), *self._values.values()):
+            pool[list(targets)] = pool[list(sources)]
