@@ -89,7 +89,7 @@ class _TiktokenEncoder:
 
         definition = json.loads(tokenizer.definition)
         added = {entry["content"] for entry in definition["added_tokens"]}
-        letters = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        letters = {letter: byte for byte, letter in enumerate(byte_letters())}
         vocabulary = definition["model"]["vocab"]
         ranks = {bytes(letters[c] for c in name): i for name, i in vocabulary.items() if name not in added}
         self._engine = tiktoken.Encoding(
@@ -192,7 +192,7 @@ def _split_regex(definition: dict[str, Any]) -> str:
     return patterns[0]
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The printable letter that stands for each byte in a byte-level vocabulary (Radford et al. 2019)."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]

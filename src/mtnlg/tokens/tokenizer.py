@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mtnlg.config.errors import ConfigError, DataError
+from mtnlg.tokens.chat_files import DEFAULT_NAME, read_templates, templates_of, write_templates
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as CoreTokenizer
     from torch import LongTensor, Tensor
+
+    from mtnlg.tokens.chat_pieces import ChatPieces
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -26,6 +30,10 @@ FILE_NAME, CONFIG_NAME, SPECIAL_MAP_NAME = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+
+TEMPLATE_SETTING = "chat_template"
+# What a chat template may write by its name in the settings.
+_NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 # What other families call the end of a text, most usual first, for folders that do not say.
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]")
@@ -103,6 +111,8 @@ class Tokenizer:
         try:
             definition = file.read_text(encoding="utf-8")
             settings = _read_settings(file.parent)
+            if templates := read_templates(file.parent, settings):
+                settings[TEMPLATE_SETTING] = templates
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise DataError(f"{file.parent}: the tokenizer's files are damaged: {error}") from error
         return cls(definition, settings, where=str(file))
@@ -113,6 +123,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         specials = self._special_map()
         settings = {**_default_settings(), **self.settings, **specials}
+        settings.pop(TEMPLATE_SETTING, None)
+        write_templates(folder, self.chat_templates)
         (folder / FILE_NAME).write_text(self.definition, encoding="utf-8")
         for name, content in ((CONFIG_NAME, settings), (SPECIAL_MAP_NAME, specials)):
             text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
@@ -179,6 +191,78 @@ class Tokenizer:
             tokens += len(self._core.encode(text, add_special_tokens=False).ids)
         return characters / max(tokens, 1)
 
+    # -- conversations
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates by name; ``default`` is the usual one."""
+        return templates_of(self.settings.get(TEMPLATE_SETTING), "the tokenizer")
+
+    @property
+    def chat_template(self) -> str | None:
+        """The usual chat template, jinja2 source; ``None`` for a tokenizer of no chat model."""
+        return self.chat_templates.get(DEFAULT_NAME)
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        others = {name: text for name, text in self.chat_templates.items() if name != DEFAULT_NAME}
+        self.settings[TEMPLATE_SETTING] = others if template is None else {**others, DEFAULT_NAME: template}
+
+    def chat_pieces(self, template: str | None = None, for_tools: bool = False) -> ChatPieces:
+        """What renders and encodes conversations.
+
+        Args:
+            template: jinja2 source, or the name of one of ``chat_templates``; ``None`` takes the usual.
+            for_tools: take the one named ``tool_use`` where there is one.
+
+        Raises:
+            ConfigError: there is no template, or it is broken.
+        """
+        from mtnlg.tokens.chat_pieces import ChatPieces
+
+        mine = self.chat_templates
+        if template is None and for_tools and "tool_use" in mine:
+            template = "tool_use"
+        chosen = mine.get(DEFAULT_NAME) if template is None else mine.get(template, template)
+        if chosen is None:
+            names = f"; name one of {', '.join(sorted(mine))}" if mine else ""
+            raise ConfigError(
+                f"the tokenizer has no chat template{names}: put chat_template.jinja into its folder, "
+                "or give one."
+            )
+        return ChatPieces(self, chosen)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        chat_template: str | None = None,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> list[int] | str:
+        """A conversation as the chat template writes it.
+
+        Only special tokens that the template writes become special; in a message their names are text.
+
+        Args:
+            messages: with ``role`` and ``content``, oldest first.
+            add_generation_prompt: end with the beginning of an answer.
+            tools: JSON schemas of functions, in OpenAI's form.
+            chat_template: jinja2 source or a template's name; ``None`` takes the tokenizer's.
+            continue_final_message: leave the last message open.
+            tokenize: token ids; the text if not.
+            variables: anything else that the template reads.
+
+        Raises:
+            ConfigError: no template, a broken one, or one that refuses these messages (names the line).
+        """
+        writer = self.chat_pieces(chat_template, tools is not None)
+        pieces = writer.render(messages, tools, add_generation_prompt, continue_final_message, **variables)
+        return writer.encode(pieces) if tokenize else "".join(piece.text for piece in pieces)
+
     # -- facts
 
     def __len__(self) -> int:
@@ -208,6 +292,19 @@ class Tokenizer:
         """Every special token's name and id."""
         added = self._core.get_added_tokens_decoder()
         return {token.content: index for index, token in sorted(added.items()) if token.special}
+
+    @cached_property
+    def special_flags(self) -> dict[str, AddedToken]:
+        """How each special token is found in text."""
+        added = self._core.get_added_tokens_decoder()
+        return {token.content: token for token in added.values() if token.special}
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """Special tokens by what the settings call them (``eos_token`` ...), as chat templates do."""
+        names = {**self.settings, **self._special_map()}
+        found = {key: _token_name(names[key]) for key in _NAMED_TOKENS if names.get(key)}
+        return {key: name for key, name in found.items() if name is not None}
 
     @cached_property
     def end_of_text_id(self) -> int:
