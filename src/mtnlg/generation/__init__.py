@@ -1,6 +1,7 @@
 """From logits to sequences: sampling rules, the key-value cache, the loop, streamed text."""
 
 from mtnlg.generation.cache import KeyValueCache
+from mtnlg.generation.distribution import choose_tokens, token_probabilities
 from mtnlg.generation.engine import Engine, EngineStatistics, QueueFullError
 from mtnlg.generation.generate import Continuation, generate, next_logits
 from mtnlg.generation.request import (
@@ -10,7 +11,7 @@ from mtnlg.generation.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from mtnlg.generation.sampling import SamplingRules, choose_tokens, token_probabilities
+from mtnlg.generation.sampling import SamplingRules
 from mtnlg.generation.text import IncrementalDecoder, TextStream, continuation_text
 
 __all__ = [

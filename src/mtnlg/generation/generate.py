@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mtnlg.config import ConfigError
 from mtnlg.generation.cache import FIRST_CAPACITY, KeyValueCache
-from mtnlg.generation.sampling import SamplingRules, choose_tokens, row_generators
+from mtnlg.generation.distribution import choose_tokens
+from mtnlg.generation.sampling import SamplingRules, row_generators
 from mtnlg.model import MegatronLmDecoder
 
 DEFAULT_NEW_TOKENS = 64

@@ -1,34 +1,50 @@
-"""Which token comes next: greedy, temperature, top-k and top-p (nucleus, arXiv 1904.09751).
+"""How tokens are drawn: every rule by the name the field gives it, checked when it is given.
 
-The rules know nothing of models, caches or batches of requests. Each row draws its own uniform
-number, so what a sequence becomes does not depend on its neighbours in the batch or on the device.
+The formulas, their sources and the order in which they apply are in ``docs/sampling.md``.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from mtnlg.config.errors import ConfigError, MtnlgError
+from mtnlg.config.errors import ConfigError
+
+LogitBias = Mapping[int, float] | Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class SamplingRules:
-    """How one token is drawn from the logits.
+    """How one token is chosen from the logits.
 
-    They apply in this order: temperature, then top-k, then top-p.
+    They apply in this order: ``logit_bias``, ``repetition_penalty``, ``frequency_penalty`` and
+    ``presence_penalty``, ``no_repeat_ngram_size``, then (from the request) the least number of new
+    tokens and the constraint, then ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``typical_p``.
+    Where transformers has the rule it has it in this place.
 
     Args:
         temperature: divides the logits; 0 is greedy (always the most likely token).
         top_k: keep only the ``top_k`` most likely tokens (those tied with the last one too);
             0 keeps all.
-        top_p: keep the smallest set of most likely tokens whose probabilities reach ``top_p``;
-            1 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probabilities reach ``top_p`` (those
+            tied with the last one too; arXiv 1904.09751); 1 keeps all.
         seed: of the random draws; ``None`` draws a fresh one.
+        min_p: keep tokens at least ``min_p`` times as likely as the likeliest (arXiv 2407.01082);
+            0 keeps all.
+        typical_p: keep the smallest set of tokens whose information is nearest to the entropy and
+            whose probabilities reach ``typical_p`` (arXiv 2202.00666); 1 keeps all.
+        repetition_penalty: divides positive logits and multiplies negative ones of every token that the
+            prompt or the continuation holds (arXiv 1909.05858); 1 is none.
+        frequency_penalty: subtracted from a token's logit for each time it was generated.
+        presence_penalty: subtracted once from the logit of every token that was generated.
+        no_repeat_ngram_size: no sequence of so many tokens comes twice, the prompt included; 0 is off.
+        logit_bias: (token, number added to its logit); ``-inf`` rules the token out.
 
     Raises:
         ConfigError: naming every value that is out of range.
@@ -47,13 +63,12 @@ class SamplingRules:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        problems = []
-        if not 0.0 <= self.temperature < float("inf"):
-            problems.append(f"temperature is {self.temperature}: it must be finite and not negative.")
-        if self.top_k < 0:
-            problems.append(f"top_k is {self.top_k}: it must not be negative (0 keeps every token).")
-        if not 0.0 < self.top_p <= 1.0:
-            problems.append(f"top_p is {self.top_p}: it must be above 0 and at most 1.")
+        problems = [
+            f"{name} is {getattr(self, name)!r}: it must be {wanted}."
+            for name, is_valid, wanted in _CHECKS
+            if not is_valid(getattr(self, name))
+        ]
+        problems += _bias_problems(self.logit_bias)
         if problems:
             raise ConfigError(problems)
 
@@ -62,6 +77,28 @@ class SamplingRules:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a rule looks at which tokens there were and how often."""
+        return bool(self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a rule leaves tokens out of the draw by how likely they are."""
+        return bool(self.top_k or self.top_p < 1.0 or self.min_p or self.typical_p < 1.0)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """See that ``logit_bias`` names tokens of the vocabulary.
+
+        Raises:
+            ConfigError: it names others.
+        """
+        outside = [token for token, _ in self.logit_bias if token >= vocab_size]
+        if outside:
+            raise ConfigError(
+                f"logit_bias names token {outside[0]}: the vocabulary has 0 to {vocab_size - 1}."
+            )
+
     @classmethod
     def from_options(
         cls,
@@ -69,12 +106,95 @@ class SamplingRules:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        *,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        logit_bias: LogitBias | None = None,
     ) -> SamplingRules:
-        """Rules from what a user gave: greedy if nothing was, else temperature 1 unless given."""
+        """Rules from what a user gave; ``None`` is "not given".
+
+        Without ``temperature`` the most likely token is always taken, unless an option was given that
+        only makes sense for random draws (``top_k``, ``top_p``, ``min_p``, ``typical_p``, ``seed``):
+        then it is 1.
+        """
         if temperature is None:
-            nothing_given = top_k is None and top_p is None and seed is None
-            temperature = 0.0 if nothing_given else 1.0
-        return cls(temperature, top_k or 0, 1.0 if top_p is None else top_p, seed)
+            draws = (top_k, top_p, min_p, typical_p, seed)
+            temperature = 0.0 if all(option is None for option in draws) else 1.0
+        given: dict[str, Any] = {
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "typical_p": typical_p,
+            "repetition_penalty": repetition_penalty,
+            "frequency_penalty": frequency_penalty,
+            "presence_penalty": presence_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(temperature=temperature, seed=seed, logit_bias=_as_pairs(logit_bias), **given)
+
+
+def _is_number(value: object) -> bool:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_SHARE = ("a number above 0 and at most 1 (1 keeps every token)", lambda v: _is_number(v) and 0 < v <= 1)
+_OPENAI = ("a number from -2 to 2", lambda v: _is_number(v) and -2 <= v <= 2)
+_CHECKS: tuple[tuple[str, Any, str], ...] = (
+    ("temperature", lambda v: _is_number(v) and v >= 0, "a finite number and not negative (0 is greedy)"),
+    ("top_k", _is_count, "a whole number and not negative (0 keeps every token)"),
+    ("top_p", _SHARE[1], _SHARE[0]),
+    ("seed", lambda v: v is None or _is_count(v), "a whole number and not negative"),
+    ("min_p", lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 (keeps every token) to 1"),
+    ("typical_p", _SHARE[1], _SHARE[0]),
+    ("repetition_penalty", lambda v: _is_number(v) and v > 0, "a finite number above 0 (1 is none)"),
+    ("frequency_penalty", _OPENAI[1], _OPENAI[0]),
+    ("presence_penalty", _OPENAI[1], _OPENAI[0]),
+    ("no_repeat_ngram_size", _is_count, "a whole number and not negative (0 is off)"),
+)
+
+
+def _as_pairs(logit_bias: LogitBias | None) -> tuple[tuple[int, float], ...]:
+    if logit_bias is None:
+        return ()
+    pairs = logit_bias.items() if isinstance(logit_bias, Mapping) else logit_bias
+    return tuple((token, bias) for token, bias in pairs)
+
+
+def _bias_problems(logit_bias: Sequence[tuple[int, float]]) -> list[str]:
+    problems = []
+    seen: set[int] = set()
+    for token, bias in logit_bias:
+        if not _is_count(token):
+            problems.append(f"logit_bias names token {token!r}: it must be a whole number, not negative.")
+        elif not ((_is_number(bias) and abs(bias) <= 1e6) or bias == -math.inf):
+            problems.append(
+                f"logit_bias of token {token} is {bias!r}: it must be a number from -1e6 to 1e6, or -inf "
+                "to rule the token out."
+            )
+        elif token in seen:
+            problems.append(f"logit_bias names token {token} twice: give it one number.")
+        seen.add(token)
+    return problems
+
+
+def derived_seed(seed: int | None, index: int) -> int | None:
+    """The seed of the ``index``-th of several samples (or prompts) that were asked for with one seed.
+
+    The first keeps the seed itself, so that one of many is what one alone would be.
+    """
+    if seed is None or index == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
 
 
 def row_generators(seed: int | None, num_rows: int) -> list[torch.Generator]:
@@ -95,64 +215,3 @@ def row_generators(seed: int | None, num_rows: int) -> list[torch.Generator]:
         state = np.random.SeedSequence([entropy, row]).generate_state(1, np.uint64)[0]
         generators.append(torch.Generator().manual_seed(int(state >> np.uint64(1))))
     return generators
-
-
-def token_probabilities(logits: Tensor, rules: SamplingRules) -> Tensor:
-    """The distribution that ``rules`` draw from.
-
-    Args:
-        logits: [batch, vocab].
-        rules: temperature above 0.
-
-    Returns:
-        Probabilities [batch, vocab] in float32; tokens ruled out have exactly 0.
-    """
-    logits = logits.float()
-    # Subtracting the maximum first keeps tiny temperatures from overflowing to infinity.
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / rules.temperature
-    if 0 < rules.top_k < scaled.size(-1):
-        smallest_kept = scaled.topk(rules.top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < smallest_kept, float("-inf"))
-    probabilities = scaled.softmax(dim=-1)
-    if rules.top_p < 1.0:
-        probabilities = _nucleus(probabilities, rules.top_p)
-    return probabilities
-
-
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Zero all but the smallest set of tokens whose probabilities reach ``top_p``; renormalise."""
-    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(dim=-1) - ordered  # probability of everything likelier
-    kept = ordered.masked_fill(before >= top_p, 0.0)
-    kept = kept / kept.sum(dim=-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter_(-1, order, kept)
-
-
-def choose_tokens(logits: Tensor, rules: SamplingRules, generators: list[torch.Generator]) -> Tensor:
-    """The next token of each row.
-
-    Args:
-        logits: [batch, vocab].
-        rules: how to draw.
-        generators: one CPU stream for each row; each gives one number (none when greedy).
-
-    Returns:
-        LongTensor [batch].
-
-    Raises:
-        MtnlgError: the logits are not finite, so the weights are damaged or overflowed.
-    """
-    best, choice = logits.max(dim=-1)
-    if not bool(best.isfinite().all()):
-        raise MtnlgError(
-            "the model's logits are not finite numbers: its weights are damaged, or its precision "
-            "overflowed (try dtype float32)."
-        )
-    if rules.is_greedy:
-        return choice
-    cumulative = token_probabilities(logits, rules).double().cumsum(dim=-1)
-    # Inverse transform sampling. A float32 uniform is at most 1 - 2^-24, so the product stays below
-    # the total and a token of probability 0 is never reached.
-    uniforms = torch.stack([torch.rand((), generator=generator) for generator in generators])
-    thresholds = uniforms.double().to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)

@@ -1,0 +1,110 @@
+"""The rules that change single logits: bias, penalties, bans and a constraint's mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mtnlg.generation.sampler import SamplingState
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+def edit_scores(scores: Tensor, states: Sequence[SamplingState]) -> bool:
+    """Change the scores as each row's rules say, all but temperature and truncation.
+
+    In this order: logit bias, repetition penalty, frequency and presence penalty, n-grams that would
+    come twice, end tokens that would come too early, the constraint. Only the tokens concerned are
+    touched, so the cost goes with the length of the sequences and not with the vocabulary.
+
+    Args:
+        scores: float32 [rows, vocab], contiguous, overwritten.
+        states: one for each row.
+
+    Returns:
+        Whether anything may have changed.
+    """
+    flat, vocab = scores.view(-1), scores.shape[-1]
+    rows = [(row * vocab, state) for row, state in enumerate(states)]
+    biased = [(start, state) for start, state in rows if state.bias is not None]
+    counted = [(start, state) for start, state in rows if state.counts is not None]
+    if biased:
+        _add_bias(flat, biased)
+    if counted:
+        _penalise(flat, counted)
+    is_banned = _ban(flat, rows, vocab)
+    constrained = [row for row, state in enumerate(states) if state.constraint is not None]
+    if constrained:
+        _mask(scores, constrained, states)
+    return bool(biased or counted or is_banned or constrained)
+
+
+Rows = Sequence[tuple[int, "SamplingState"]]  # where a row begins in the flat scores, and its state
+
+
+def _add_bias(flat: Tensor, rows: Rows) -> None:
+    biases = [state.bias for _, state in rows if state.bias is not None]
+    places = np.concatenate([ids + start for (start, _), (ids, _) in zip(rows, biases)])
+    values = np.concatenate([values for _, values in biases])
+    index = _on(flat, places)
+    flat[index] = flat[index] + _on(flat, values)
+
+
+def _penalise(flat: Tensor, rows: Rows) -> None:
+    counts = [state.counts for _, state in rows if state.counts is not None]
+    lengths = [len(count.ids) for count in counts]
+    places = np.concatenate([count.ids + start for (start, _), count in zip(rows, counts)])
+    if not len(places):
+        return
+    rules = [state.rules for _, state in rows]
+
+    def of_rows(values: Sequence[float]) -> Tensor:
+        return _on(flat, np.repeat(np.asarray(values, dtype=np.float32), lengths))
+
+    index = _on(flat, places)
+    touched = flat[index]
+    if any(rule.repetition_penalty != 1.0 for rule in rules):
+        penalty = of_rows([rule.repetition_penalty for rule in rules])
+        touched = torch.where(touched < 0, touched * penalty, touched / penalty)
+    if any(rule.frequency_penalty or rule.presence_penalty for rule in rules):
+        number = _on(flat, np.concatenate([count.counts for count in counts]))
+        touched = touched - of_rows([rule.frequency_penalty for rule in rules]) * number
+        touched = touched - of_rows([rule.presence_penalty for rule in rules]) * (number > 0)
+    # A number that grew past all bounds is the largest one, so that no difference becomes NaN.
+    flat[index] = touched.clamp(max=LARGEST)
+
+
+def _ban(flat: Tensor, rows: Rows, vocab: int) -> bool:
+    """Rule out what would repeat an n-gram, and end tokens before their time."""
+    banned: list[int] = []
+    for start, state in rows:
+        if state.ngrams is not None:
+            banned += [start + token for token in state.ngrams.banned]
+        if len(state.new_ids) < state.min_new_tokens:
+            banned += [start + token for token in state.end_ids if token < vocab]
+    if banned:
+        flat[_on(flat, np.asarray(banned, dtype=np.int64))] = float("-inf")
+    return bool(banned)
+
+
+def _mask(scores: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
+    vocab = scores.shape[-1]
+    words = torch.zeros((len(rows), -(-vocab // 32)), dtype=torch.int32)
+    for place, row in enumerate(rows):
+        constraint = states[row].constraint
+        assert constraint is not None
+        constraint.fill_mask(words[place])
+    bits = np.unpackbits(words.numpy().view(np.uint8), axis=-1, count=vocab, bitorder="little")
+    forbidden = _on(scores, np.equal(bits, 0))
+    for place, row in enumerate(rows):
+        scores[row].masked_fill_(forbidden[place], float("-inf"))
+
+
+def _on(like: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array).to(like.device, non_blocking=True)
