@@ -7,96 +7,58 @@ Requests join and leave between any two steps.
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
-from mtnlg.config import ConfigError
+import torch
+from torch import Tensor
+
 from mtnlg.config.errors import MtnlgError
 from mtnlg.config.generation import EngineConfig
+from mtnlg.generation.checks import check_request
 from mtnlg.generation.pages import PageBooks
-from mtnlg.generation.request import (
-    DEFAULT_NEW_TOKENS,
-    FinishReason,
-    Generation,
-    GenerationRequest,
-    TokenEvent,
-)
-from mtnlg.generation.runner import PlainRunner, Row, Runner
-from mtnlg.generation.sampler import SamplingState, sample
-from mtnlg.generation.text import IncrementalDecoder
+from mtnlg.generation.request import FinishReason, Generation, GenerationRequest, TokenEvent
+from mtnlg.generation.runner import Runner, make_runner
+from mtnlg.generation.sampler import SamplingState
+from mtnlg.generation.scheduler import Running, Scheduler
+from mtnlg.generation.statistics import EngineStatistics
+from mtnlg.generation.step import Stepper
+from mtnlg.generation.text import TextStream
 from mtnlg.model import MegatronLmDecoder
 
 Decode = Callable[[list[int]], str]
+LOG = logging.getLogger(__name__)
+PIECE = 64  # tokens; see Scheduler's ``piece``
 
 
 class QueueFullError(MtnlgError):
     """The engine has as many requests waiting as it may."""
 
 
-@dataclass
-class EngineStatistics:
-    """What the engine is doing and has done.
-
-    Args:
-        running: requests that generate now.
-        waiting: requests in the queue.
-        finished: requests that ended, whatever the reason.
-        prompt_tokens: prompt tokens taken in.
-        cached_tokens: of these, found in the prefix cache.
-        new_tokens: tokens generated.
-        cache_tokens: tokens whose keys and values are held.
-        cache_capacity: tokens there is memory for.
-        steps: steps done.
-        step_seconds: time spent in them.
-        model_seconds: of this, in the model's forward pass.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    finished: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    cache_tokens: int = 0
-    cache_capacity: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    model_seconds: float = 0.0
-
-
-@dataclass
-class Running:
-    """A request while the engine works on it."""
-
-    generation: Generation
-    max_length: int
-    state: SamplingState
-    decoder: IncrementalDecoder | None
-    submitted: float
-    pages: list[int] = field(default_factory=list)
-    num_held: int = 0  # tokens whose keys and values are in the pages
-    is_cancelled: bool = False
-
-    @property
-    def ids(self) -> list[int]:
-        """The prompt and the tokens chosen so far."""
-        return [*self.generation.request.prompt_ids, *self.state.new_ids]
+class EngineClosedError(MtnlgError):
+    """The engine takes no more requests: it was closed, or an error of its own stopped it."""
 
 
 class Engine:
     """Continues many prompts at once.
 
-    Without :meth:`start` nothing runs by itself: whoever waits for a generation drives the steps, all
-    in one thread. After :meth:`start` a thread of the engine's own does them.
+    Without :meth:`start` nothing runs by itself: whoever waits for a generation drives the steps.
+    After :meth:`start` a thread of the engine's own does them. Every method may be called from any
+    thread.
 
     Args:
-        model: the decoder.
+        model: the decoder, in evaluation mode.
         decode: ids to text, for ``text`` and stop strings; ``None`` gives ids only.
         config: settings.
         runner: runs the model; ``None`` makes one that fits the model and the settings.
+
+    Raises:
+        ConfigError: the settings do not fit the model or the machine.
     """
 
     def __init__(
@@ -108,14 +70,30 @@ class Engine:
     ) -> None:
         self.decode = decode
         self.config = config or EngineConfig()
-        self.runner = runner or _make_runner(model, self.config)
-        self.statistics = EngineStatistics(cache_capacity=self.runner.num_pages * self.runner.page_size)
-        self._books = PageBooks(self.runner.num_pages, self.runner.page_size)
-        self._waiting: deque[Running] = deque()
-        self._running: list[Running] = []
+        self.runner = runner = runner or make_runner(model, self.config)
+        capacity = runner.num_pages * runner.page_size
+        self.max_length = min(runner.max_length, capacity)  # of prompt and continuation
+        self.statistics = EngineStatistics(cache_capacity=capacity)
+        self._scheduler = Scheduler(
+            PageBooks(runner.num_pages, runner.page_size),
+            self.config.max_batch_size,
+            self.config.prefill_chunk,
+            self.config.prefix_cache,
+            PIECE if self.config.deterministic and not runner.is_invariant else None,
+            model.config.use_cache,
+        )
+        self._stepper = Stepper(runner, self._scheduler, self.statistics, self._finish)
+        self._arrivals: deque[Running] = deque()
+        self._given_up: deque[Running] = deque()
+        self._deadlines: list[tuple[float, int, Running]] = []  # a heap
+        self._numbers = itertools.count()
+        self._num_present = 0  # requests that have not ended
+        self._entries: dict[Generation, Running] = {}
+        self._wake = threading.Condition()  # guards what other threads touch; never held in a step's work
+        self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._wake = threading.Condition()
-        self._is_closing = False
+        self._is_closing = False  # the thread is to stop
+        self._refusal: str | None = None  # why nothing is taken in any more
 
     # -- requests
 
@@ -125,42 +103,79 @@ class Engine:
         Raises:
             ConfigError: the request cannot be answered; all that is wrong with it is named.
             QueueFullError: too many are waiting.
+            EngineClosedError: the engine takes nothing in any more.
         """
-        max_length = self._check(request)
-        drive = None if self._thread is not None else self.step
-        generation = Generation(request, drive, self._cancel)
-        decoder = None if self.decode is None else IncrementalDecoder(self.decode, request.prompt_ids)
-        entry = Running(
-            generation, max_length, SamplingState.of_request(request), decoder, time.monotonic()
+        max_length = check_request(
+            request, self.runner.vocab_size, self.max_length, self.decode is not None
         )
+        generation = Generation(request, None if self._thread is not None else self.step, self._cancel)
+        if request.prompt_logprobs is not None:
+            generation.prompt_logprobs = []
+        entry = self._make_entry(generation, max_length)
         with self._wake:
-            if len(self._waiting) >= self.config.max_queue_size + self.config.max_batch_size:
-                raise QueueFullError(f"{len(self._waiting)} requests are waiting already: try again later.")
-            self._waiting.append(entry)
+            self._refuse_if_full()
+            self._num_present += 1
+            self._entries[generation] = entry
+            self._arrivals.append(entry)
+            if request.deadline_seconds is not None:
+                at = entry.submitted + request.deadline_seconds
+                heapq.heappush(self._deadlines, (at, next(self._numbers), entry))
+            self.statistics.waiting = self._num_present - self.statistics.running
             self._wake.notify_all()
         return generation
 
-    def _check(self, request: GenerationRequest) -> int:
-        """The total length at which the request ends."""
-        length = len(request.prompt_ids)
-        if not length:
-            raise ConfigError("the prompt is empty: give at least one token to continue from.")
-        if length >= self.runner.max_length:
-            raise ConfigError(f"the prompt has {length} tokens and the model {self.runner.max_length}.")
-        ends = [self.runner.max_length]
-        if request.max_length is not None:
-            ends.append(request.max_length)
-        if request.max_new_tokens is not None or request.max_length is None:
-            wanted = request.max_new_tokens
-            ends.append(length + (DEFAULT_NEW_TOKENS if wanted is None else wanted))
-        return min(ends)
+    def _make_entry(self, generation: Generation, max_length: int) -> Running:
+        request = generation.request
+        text = None
+        if self.decode is not None and not request.hidden:
+            text = TextStream(
+                self.decode, request.prompt_ids, request.stop, request.include_stop, request.min_new_tokens
+            )
+        state = SamplingState.of_request(request)
+        return Running(generation, max_length, state, text, time.monotonic(), ids=list(request.prompt_ids))
+
+    def _refuse_if_full(self) -> None:
+        if self._refusal is not None:
+            raise EngineClosedError(self._refusal)
+        most = self.config.max_queue_size + self.config.max_batch_size
+        if self._num_present >= most:
+            num_waiting = self._num_present - self.statistics.running
+            raise QueueFullError(f"{num_waiting} requests are waiting already: try again later.")
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """Hidden states after the last layer and the final norm.
+
+        Args:
+            ids: a text's tokens, at least one.
+
+        Returns:
+            float32 [tokens, hidden] on the CPU.
+
+        Raises:
+            ConfigError: the ids cannot be embedded.
+        """
+        generation = self.submit(GenerationRequest(ids, hidden=True)).result()
+        if generation.hidden is None:
+            raise MtnlgError(f"the embedding was not finished: {generation.finish_reason}.")
+        return generation.hidden
+
+    def forget(self) -> None:
+        """Keep nothing of earlier prompts: for weights that have changed. Running requests go on."""
+        with self._stepping:
+            self._scheduler.books.forget()
 
     def _cancel(self, generation: Generation) -> None:
         with self._wake:
-            for entry in [*self._waiting, *self._running]:
-                if entry.generation is generation:
-                    entry.is_cancelled = True
+            entry = self._entries.get(generation)
+            if entry is None:
+                return
+            self._given_up.append(entry)
             self._wake.notify_all()
+        if self._thread is None and self._stepping.acquire(blocking=False):
+            try:
+                self._drop_those_given_up()
+            finally:
+                self._stepping.release()
 
     # -- steps
 
@@ -170,108 +185,119 @@ class Engine:
         Returns:
             Whether there was anything to do.
         """
-        began = time.perf_counter()
-        self._drop_those_given_up()
-        self._admit()
-        if not self._running:
-            return False
-        shares = [(entry, self._share(entry)) for entry in self._running]
-        model_began = time.perf_counter()
-        logits = self.runner.run([row for _, row in shares])
-        self.statistics.model_seconds += time.perf_counter() - model_began
-        for entry, row in shares:
-            entry.num_held += len(row.ids)
-        choosing = [entry for entry, row in shares if row.num_logits]
-        for entry, sampled in zip(choosing, sample(logits, [entry.state for entry in choosing])):
-            self._take(entry, sampled.token, sampled.logprobs)
-        self.statistics.steps += 1
-        self.statistics.step_seconds += time.perf_counter() - began
-        return True
+        with self._stepping, torch.inference_mode():
+            try:
+                self._take_arrivals()
+                self._drop_those_given_up()
+                did_something = self._stepper.step()
+                self._count()
+                return did_something
+            except Exception as error:  # a mistake of ours: nobody may wait for an answer for ever
+                LOG.exception("the generation engine stops")
+                self._refuse(f"the generation engine was stopped by an error: {error!r}")
+                self._end_all("error", error)
+                return False
+            except BaseException:  # Ctrl-C in whoever drives: the books are right, the answers lost
+                self._end_all("cancelled")
+                raise
 
-    def _admit(self) -> None:
-        with self._wake:
-            while self._waiting and len(self._running) < self.config.max_batch_size:
-                pages = self._books.take(self._books.pages_for(self._waiting[0].max_length))
-                if pages is None:
-                    break
-                entry = self._waiting.popleft()
-                entry.pages = pages
-                entry.generation.usage.queue_seconds = time.monotonic() - entry.submitted
-                self.statistics.prompt_tokens += len(entry.generation.request.prompt_ids)
-                self._running.append(entry)
-            self._count()
-
-    def _share(self, entry: Running) -> Row:
-        new = entry.ids[entry.num_held : entry.num_held + self.config.prefill_chunk]
-        is_last = entry.num_held + len(new) == len(entry.ids)
-        return Row(new, entry.num_held, entry.pages, num_logits=1 if is_last else 0)
-
-    def _take(self, entry: Running, token: int, logprobs: object) -> None:
-        entry.state.accept(token)
-        usage = entry.generation.usage
-        usage.new_tokens += 1
-        self.statistics.new_tokens += 1
-        if usage.new_tokens == 1:
-            usage.first_token_seconds = time.monotonic() - entry.submitted
-        reason: FinishReason | None = None
-        if token in entry.generation.request.end_ids:
-            reason = "end"
-        elif len(entry.ids) >= entry.max_length:
-            reason = "length"
-        text = "" if entry.decoder is None or reason == "end" else entry.decoder.push(token)
-        self._file(entry, TokenEvent(token, text, logprobs, reason))  # type: ignore[arg-type]
-
-    def _file(self, entry: Running, event: TokenEvent) -> None:
-        if event.finish_reason is not None:
-            entry.generation.usage.total_seconds = time.monotonic() - entry.submitted
-            self._books.give_back(entry.pages)
-            self._running = [other for other in self._running if other is not entry]
-            self.statistics.finished += 1
-            self._count()
-        entry.generation.put(event)
+    def _take_arrivals(self) -> None:
+        waiting = self._scheduler.waiting
+        while self._arrivals:
+            waiting.append(self._arrivals.popleft())
 
     def _drop_those_given_up(self) -> None:
+        self._take_arrivals()
+        while self._given_up:
+            self._finish(self._given_up.popleft(), "cancelled")
+        if not self._deadlines:
+            return
         now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            with self._wake:
+                _at, _number, entry = heapq.heappop(self._deadlines)
+            self._finish(entry, "deadline")
+
+    def _finish(
+        self,
+        entry: Running,
+        reason: FinishReason,
+        event: TokenEvent | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """End a request: its memory is free before its user hears of it. Once only."""
+        generation = entry.generation
         with self._wake:
-            given_up: list[tuple[Running, FinishReason]] = []
-            for entry in [*self._waiting, *self._running]:
-                limit = entry.generation.request.deadline_seconds
-                if entry.is_cancelled:
-                    given_up.append((entry, "cancelled"))
-                elif limit is not None and now - entry.submitted >= limit:
-                    given_up.append((entry, "deadline"))
-            gone = {id(entry) for entry, _ in given_up}
-            self._waiting = deque(entry for entry in self._waiting if id(entry) not in gone)
-        for entry, reason in given_up:
-            self._file(entry, TokenEvent(None, finish_reason=reason))
+            if self._entries.pop(generation, None) is None:
+                return
+            self._num_present -= 1
+            self._wake.notify_all()
+        self._scheduler.remove(entry)
+        generation.usage.total_seconds = time.monotonic() - entry.submitted
+        generation.error = error
+        statistics = self.statistics
+        statistics.finished += 1
+        statistics.finish_reasons[reason] = statistics.finish_reasons.get(reason, 0) + 1
+        self._count()
+        if event is None:
+            event = TokenEvent(None, self._last_text(entry), finish_reason=reason)
+        try:
+            generation.put(event)
+        except Exception:
+            LOG.exception("a listener failed on the last event of its generation")
+
+    def _last_text(self, entry: Running) -> str:
+        return "" if entry.text is None or entry.text.is_stopped else entry.text.finish()
+
+    def _end_all(self, reason: FinishReason, error: BaseException | None = None) -> None:
+        for entry in list(self._entries.values()):
+            self._finish(entry, reason, error=error)
 
     def _count(self) -> None:
-        self.statistics.running, self.statistics.waiting = len(self._running), len(self._waiting)
-        held = self.runner.num_pages - self._books.num_free
-        self.statistics.cache_tokens = held * self.runner.page_size
+        books, statistics = self._scheduler.books, self.statistics
+        statistics.running = len(self._scheduler.running)
+        statistics.waiting = max(0, self._num_present - statistics.running)
+        statistics.preempted = self._scheduler.num_preempted
+        statistics.cache_tokens = (books.num_pages - books.num_free) * books.page_size
+        statistics.kept_tokens = books.num_kept * books.page_size
 
     # -- the engine's own thread
 
     def start(self) -> Engine:
-        """Run steps in a thread of the engine's own, until :meth:`close`."""
-        self._thread = threading.Thread(target=self._run, name="mtnlg-engine", daemon=True)
-        self._thread.start()
+        """Run steps in a thread of the engine's own, until :meth:`close`.
+
+        Raises:
+            EngineClosedError: the engine was closed.
+        """
+        with self._wake:
+            if self._refusal is not None:
+                raise EngineClosedError(self._refusal)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="mtnlg-engine", daemon=True)
+                self._thread.start()
         return self
 
     def close(self, drain_seconds: float = 0.0) -> None:
-        """Stop: running and waiting requests may finish for so long, then they are cancelled."""
+        """Stop: nothing more is taken in; what is there may finish for so long, then it is cancelled."""
         end = time.monotonic() + drain_seconds
-        while (self._running or self._waiting) and time.monotonic() < end and self._thread is not None:
-            time.sleep(0.01)
+        self._refuse("the generation engine is closed: it takes no more requests.")
+        if self._thread is None:
+            while self._num_present and time.monotonic() < end and self.step():
+                pass
+        else:
+            with self._wake:
+                self._wake.wait_for(lambda: not self._num_present, max(0.0, drain_seconds))
+                self._is_closing = True
+                self._wake.notify_all()
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
+        with self._stepping:
+            self._take_arrivals()
+            self._end_all("cancelled")
+
+    def _refuse(self, why: str) -> None:
         with self._wake:
-            self._is_closing = True
-            self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        for entry in [*self._running, *self._waiting]:
-            entry.is_cancelled = True
-        self._drop_those_given_up()
+            self._refusal = self._refusal or why
 
     def __enter__(self) -> Engine:
         return self
@@ -282,13 +308,8 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._is_closing or self._waiting or self._running):
+                while not (self._is_closing or self._num_present):
                     self._wake.wait()
                 if self._is_closing:
                     return
             self.step()
-
-
-def _make_runner(model: MegatronLmDecoder, config: EngineConfig) -> Runner:
-    per_request = -(-model.config.max_position_embeddings // 16)
-    return PlainRunner(model, per_request * config.max_batch_size)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from mtnlg.generation.constraint import Constraint
 from mtnlg.generation.sampling import SamplingRules
 
@@ -137,6 +139,7 @@ class Generation:
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
+        self.hidden: Tensor | None = None  # [prompt, hidden] in float32, where it was asked for
         self._drive = drive
         self._cancel = cancel
         self._events: deque[TokenEvent] = deque()

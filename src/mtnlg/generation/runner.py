@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mtnlg.config.generation import EngineConfig
+from mtnlg.generation.memory import num_cache_pages
 from mtnlg.model import MegatronLmDecoder
 
 PAGE_SIZE = 16  # tokens
@@ -44,6 +46,7 @@ class Runner(Protocol):
     page_size: int
     vocab_size: int
     max_length: int  # positions of the model
+    is_invariant: bool  # a token's numbers do not depend on how its sequence was cut into rows
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """One step over all rows.
@@ -88,6 +91,17 @@ class PagedKeyValues:
         return found[0], found[1]
 
 
+def make_runner(model: MegatronLmDecoder, config: EngineConfig) -> Runner:
+    """The runner that fits the model, its device and the settings.
+
+    Raises:
+        ConfigError: ``cache_gib`` does not hold a page.
+    """
+    parameter = next(model.parameters())
+    num_pages = num_cache_pages(model.config, config, PAGE_SIZE, parameter.element_size(), parameter.device)
+    return PlainRunner(model, num_pages)
+
+
 class PlainRunner:
     """Runs the plain model over one row after another.
 
@@ -96,6 +110,8 @@ class PlainRunner:
         num_pages: pages to hold memory for.
         page_size: tokens of one.
     """
+
+    is_invariant = False
 
     def __init__(self, model: MegatronLmDecoder, num_pages: int, page_size: int = PAGE_SIZE) -> None:
         self.model, self.num_pages, self.page_size = model, num_pages, page_size

@@ -1,0 +1,235 @@
+"""One step: the model over everyone's share, the tokens it leads to, and whom they end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mtnlg.config.errors import MtnlgError
+from mtnlg.generation.request import FinishReason, TokenEvent, TokenLogprobs
+from mtnlg.generation.runner import Row, Runner
+from mtnlg.generation.sampler import Sampled, sample
+from mtnlg.generation.scheduler import Running, Scheduler, Share
+from mtnlg.generation.statistics import EngineStatistics
+
+LOG = logging.getLogger(__name__)
+
+
+class Finish(Protocol):
+    """Ends a request and tells its user, with ``event`` where there is one to give."""
+
+    def __call__(
+        self,
+        entry: Running,
+        reason: FinishReason,
+        event: TokenEvent | None = None,
+        error: BaseException | None = None,
+    ) -> None: ...
+
+
+class Stepper:
+    """Does what the scheduler plans.
+
+    An error ends those whom it concerns, with the finish reason ``error``, and nobody else: one of the
+    model everyone in the step, one of a request's own rules, constraint, text or listener that request.
+
+    Args:
+        runner: runs the model.
+        scheduler: plans.
+        statistics: counted here.
+        finish: ends a request.
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, statistics: EngineStatistics, finish: Finish
+    ) -> None:
+        self._runner, self._scheduler = runner, scheduler
+        self._statistics, self._finish = statistics, finish
+
+    def step(self) -> bool:
+        """Do one step; returns whether there was anything to do."""
+        began = time.perf_counter()
+        shares, newcomers = self._scheduler.plan()
+        if newcomers:
+            self._welcome(newcomers)
+        if not shares:
+            return False
+        statistics = self._statistics
+        model_began = time.perf_counter()
+        try:
+            logits = self._run(shares)
+        except Exception as error:
+            LOG.exception("the model failed in a step of %d requests", len(shares))
+            wrapped = error if isinstance(error, MtnlgError) else MtnlgError(f"the model failed: {error!r}")
+            for share in shares:
+                self._finish(share.entry, "error", error=wrapped)
+            return True
+        statistics.model_seconds += time.perf_counter() - model_began
+        for share in shares:
+            self._scheduler.advance(share.entry, len(share.row.ids))
+        if logits is not None:
+            self._choose([share for share in shares if not share.entry.generation.request.hidden], logits)
+        self._end_embeddings(shares)
+        statistics.steps += 1
+        statistics.batch_rows.observe(len(shares))
+        statistics.step_seconds += time.perf_counter() - began
+        return True
+
+    def _welcome(self, newcomers: Sequence[Running]) -> None:
+        now = time.monotonic()
+        for entry in newcomers:
+            usage = entry.generation.usage
+            usage.queue_seconds = now - entry.submitted
+            usage.cached_tokens = entry.num_held
+            self._statistics.queue_seconds.observe(usage.queue_seconds)
+            self._statistics.prompt_tokens += entry.num_prompt
+            self._statistics.cached_tokens += entry.num_held
+
+    # -- the model
+
+    def _run(self, shares: Sequence[Share]) -> Tensor | None:
+        """Logits of all rows that want some; hidden states are filed."""
+        rows, embedded = [], []
+        for share in shares:
+            if share.entry.generation.request.hidden:
+                embedded.append(share)
+            else:
+                rows.append(share.row)
+        for share, states in zip(
+            embedded, self._runner.hidden([s.row for s in embedded]) if embedded else ()
+        ):
+            share.entry.hidden.append(states.float().cpu())
+        return self._runner.run(rows) if rows else None
+
+    # -- the tokens
+
+    def _choose(self, shares: Sequence[Share], logits: Tensor) -> None:
+        """Choose the next token of everyone whose last logits are here."""
+        choosing: list[Share] = []
+        places: list[int] = []
+        end = 0
+        for share in shares:
+            entry, row = share.entry, share.row
+            if not row.num_logits:
+                continue
+            end += row.num_logits
+            if entry.wants_prompt_scores:
+                _file_prompt_scores(share, logits[end - row.num_logits : end])
+            if row.start + len(row.ids) < len(entry.ids):
+                continue
+            if len(entry.ids) < entry.max_length:
+                choosing.append(share)
+                places.append(end - 1)
+            else:  # only the prompt's scores were wanted
+                self._finish(entry, "length")
+        if not choosing:
+            return
+        if len(places) < len(logits):
+            logits = logits[places]
+        began = time.perf_counter()
+        chosen = self._sample(choosing, logits)
+        self._statistics.sampling_seconds += time.perf_counter() - began
+        now = time.monotonic()
+        for entry, sampled in chosen:
+            try:
+                self._take(entry, sampled, now)
+            except Exception as error:
+                self._fail(entry, error)
+
+    def _sample(self, shares: Sequence[Share], logits: Tensor) -> list[tuple[Running, Sampled]]:
+        entries = [share.entry for share in shares]
+        try:
+            return list(zip(entries, sample(logits, [entry.state for entry in entries]), strict=True))
+        except Exception as error:
+            if len(shares) == 1:
+                self._fail(entries[0], error)
+                return []
+        return self._sample_one_by_one(shares)
+
+    def _sample_one_by_one(self, shares: Sequence[Share]) -> list[tuple[Running, Sampled]]:
+        """Find whose fault it was: the others get their token.
+
+        The sampler may have written over the logits, so the model runs again; it writes the same keys
+        and values to the same places.
+        """
+        chosen = []
+        for share in shares:
+            row = share.row
+            try:
+                logits = self._runner.run([Row(row.ids, row.start, row.pages, 1)])
+                chosen.append((share.entry, sample(logits, [share.entry.state])[0]))
+            except Exception as error:
+                self._fail(share.entry, error)
+        return chosen
+
+    def _fail(self, entry: Running, error: Exception) -> None:
+        if not isinstance(error, MtnlgError):
+            LOG.error("a request failed: %r", error, exc_info=error)
+            error = MtnlgError(f"the request failed: {error!r}")
+        self._finish(entry, "error", error=error)
+
+    def _take(self, entry: Running, sampled: Sampled, now: float) -> None:
+        """File one new token and see whether it is the last."""
+        token, state, stream = sampled.token, entry.state, entry.text
+        state.accept(token)
+        entry.ids.append(token)
+        self._time(entry, now)
+        reason: FinishReason | None = None
+        text = ""
+        if token in state.end_ids:
+            reason = "end"
+        else:
+            if stream is not None:
+                text = stream.push(token)
+                if stream.is_stopped:
+                    reason = "stop"
+            if reason is None and state.constraint is not None and state.constraint.is_complete:
+                reason = "stop"
+            if reason is None and len(entry.ids) >= entry.max_length:
+                reason = "length"
+        if reason is None:
+            entry.generation.put(TokenEvent(token, text, sampled.logprobs))
+            return
+        if stream is not None and not stream.is_stopped:
+            text += stream.finish()
+        self._finish(entry, reason, TokenEvent(token, text, sampled.logprobs, reason))
+
+    def _time(self, entry: Running, now: float) -> None:
+        usage, statistics = entry.generation.usage, self._statistics
+        statistics.new_tokens += 1
+        usage.new_tokens += 1
+        if usage.new_tokens == 1:
+            usage.first_token_seconds = now - entry.submitted
+            statistics.first_token_seconds.observe(usage.first_token_seconds)
+        else:
+            statistics.between_tokens_seconds.observe(now - entry.last_token_at)
+        entry.last_token_at = now
+
+    def _end_embeddings(self, shares: Sequence[Share]) -> None:
+        for share in shares:
+            entry = share.entry
+            if entry.generation.request.hidden and entry.num_held == len(entry.ids):
+                entry.generation.hidden = torch.cat(entry.hidden)
+                self._finish(entry, "length")
+
+
+def _file_prompt_scores(share: Share, logits: Tensor) -> None:
+    """Log-probabilities of the prompt tokens that these logits [new, vocab] predict."""
+    entry, row = share.entry, share.row
+    scores, num_top = entry.generation.prompt_logprobs, entry.generation.request.prompt_logprobs
+    assert scores is not None and num_top is not None
+    if row.start == 0:  # also where it was thrown out half-way and begins anew
+        scores[:] = [TokenLogprobs(None)]
+    targets = entry.ids[row.start + 1 : min(row.start + len(row.ids) + 1, entry.num_prompt)]
+    if not targets:
+        return
+    logprobs = logits[: len(targets)].float().log_softmax(dim=-1)
+    own = logprobs.gather(-1, torch.tensor(targets, device=logprobs.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(num_top, dim=-1)
+    for logprob, tokens, values in zip(own, best.indices.tolist(), best.values.tolist()):
+        scores.append(TokenLogprobs(logprob, tuple(zip(tokens, values))))
