@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from mtnlg.config.errors import ConfigError, DataError
 from mtnlg.generation.constraint import Constraint
+from mtnlg.generation.constraints.verse import verse_constraint
 from mtnlg.tokens.tokenizer import END_OF_TURN, Tokenizer
 
 KINDS = ("json_schema", "json_object", "regex", "grammar", "choice", "verse")
@@ -29,7 +30,8 @@ def constraint_from_options(
         value: for ``json_schema`` a schema (dict or JSON text); for ``json_object`` nothing; for
             ``regex`` the expression that the whole continuation matches; for ``grammar`` Lark (with a
             ``start`` rule) or llama.cpp's GBNF (with a ``root`` rule); for ``choice`` the strings one of
-            which it is; for ``verse`` a form (see :func:`verse_constraint`).
+            which it is; for ``verse`` a form (see
+            ``VerseForm.from_value``).
         end_ids: tokens that end a sequence; ``None`` is :func:`default_end_ids`. They are allowed
             where the rule is complete, and nowhere else.
 
@@ -43,8 +45,8 @@ def constraint_from_options(
         raise ConfigError(f"constraint is {kind!r}: choose one of {', '.join(KINDS)}.")
     ends = tuple(sorted(default_end_ids(tokenizer) if end_ids is None else end_ids))
     if kind == "verse":
-        raise ConfigError("verse is not here yet")
-    grammars = {
+        return verse_constraint(tokenizer, vocab_size, value, ends)
+    grammars: dict[str, Callable[[Any], str]] = {
         "json_schema": guided.json_schema_grammar,
         "json_object": guided.json_object_grammar,
         "regex": guided.regex_grammar,
