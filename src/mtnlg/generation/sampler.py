@@ -78,7 +78,7 @@ class SamplingState:
         return cls(
             request.rules,
             request.prompt_ids,
-            row_generators(request.rules.seed, 1)[0],
+            row_generators(request.rules.seed, request.stream + 1)[-1],
             request.end_ids,
             request.min_new_tokens,
             None if request.constraint is None else request.constraint.start(),

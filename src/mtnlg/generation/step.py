@@ -21,7 +21,7 @@ LOG = logging.getLogger(__name__)
 
 
 class Finish(Protocol):
-    """Ends a request and tells its user, with ``event`` where there is one to give."""
+    """How a step ends a request."""
 
     def __call__(
         self,
@@ -29,7 +29,8 @@ class Finish(Protocol):
         reason: FinishReason,
         event: TokenEvent | None = None,
         error: BaseException | None = None,
-    ) -> None: ...
+    ) -> None:
+        """End ``entry`` and tell its user, with ``event`` where there is one to give."""
 
 
 class Stepper:
@@ -100,10 +101,10 @@ class Stepper:
                 embedded.append(share)
             else:
                 rows.append(share.row)
-        for share, states in zip(
-            embedded, self._runner.hidden([s.row for s in embedded]) if embedded else ()
-        ):
-            share.entry.hidden.append(states.float().cpu())
+        if embedded:
+            found = self._runner.hidden([share.row for share in embedded])
+            for share, states in zip(embedded, found, strict=True):
+                share.entry.hidden.append(states.float().cpu())
         return self._runner.run(rows) if rows else None
 
     # -- the tokens
@@ -137,6 +138,8 @@ class Stepper:
         now = time.monotonic()
         for entry, sampled in chosen:
             try:
+                if sampled.error is not None:
+                    raise MtnlgError(sampled.error)
                 self._take(entry, sampled, now)
             except Exception as error:
                 self._fail(entry, error)
