@@ -37,5 +37,9 @@ class TrainingError(MtnlgError, RuntimeError):
     """Training cannot go on (too many non-finite steps, a dead rank, ...)."""
 
 
+class RankError(MtnlgError, RuntimeError):
+    """Another rank of the model has ended or does not answer, so the model can compute nothing more."""
+
+
 class NotYetError(MtnlgError, NotImplementedError):
     """A setting that the config already names and this version cannot do yet."""

@@ -1,0 +1,328 @@
+"""Generation over several ranks: rank 0 runs the engine, the others follow it step by step.
+
+Rank 0 tells the others what to do in one message, small integers only: the new tokens of each row,
+where they go on from, and the numbers of their pages. Books are kept on rank 0 alone. While there is
+nothing to do it says so from time to time, so that nobody waits without end for a rank that is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtnlg.config import MegatronModelConfig
+from mtnlg.config.errors import ConfigError, MtnlgError, RankError
+from mtnlg.config.generation import GIB, EngineConfig
+from mtnlg.generation.memory import SHARE_OF_DEVICE, device_memory
+from mtnlg.generation.runner import PAGE_SIZE, Row
+from mtnlg.generation.stage_runner import StageRunner
+from mtnlg.model import MegatronLmDecoder
+from mtnlg.parallel.inference import ReadWeights, lay_out_for_inference, local_heads
+from mtnlg.parallel.mesh import Mesh
+
+CAPACITY = 4096  # numbers of the first message; what does not fit comes in a second one
+TIMEOUT_SECONDS = 300.0  # after which a rank that does not answer is given up
+NOTES_PER_TIMEOUT = 4  # how often rank 0 says that there is nothing to do
+DTYPES = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Command(IntEnum):
+    """What rank 0 asks of the others."""
+
+    WAIT = 0
+    SET_UP = 1
+    RUN = 2
+    HIDDEN = 3
+    COPY_PAGES = 4
+    END = 5
+
+
+class Commands:
+    """The messages from rank 0 to all others.
+
+    Args:
+        group: all ranks, on the CPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    def send(self, command: Command, numbers: Sequence[int] = ()) -> None:
+        """Rank 0's side."""
+        content = torch.tensor([len(numbers), command, *numbers], dtype=torch.int32)
+        first = torch.zeros(CAPACITY, dtype=torch.int32)
+        first[: len(content)] = content[:CAPACITY]
+        dist.broadcast(first, src=0, group=self.group)
+        if len(content) > CAPACITY:
+            dist.broadcast(content[CAPACITY:].clone(), src=0, group=self.group)
+
+    def receive(self) -> tuple[Command, list[int]]:
+        """The others' side."""
+        first = torch.zeros(CAPACITY, dtype=torch.int32)
+        dist.broadcast(first, src=0, group=self.group)
+        length, command = first[:2].tolist()
+        numbers = first[2 : 2 + length].tolist()
+        if len(numbers) < length:
+            rest = torch.zeros(length - len(numbers), dtype=torch.int32)
+            dist.broadcast(rest, src=0, group=self.group)
+            numbers += rest.tolist()
+        return Command(command), numbers
+
+
+def pack_rows(rows: Sequence[Row]) -> list[int]:
+    """Rows as numbers."""
+    numbers = [len(rows)]
+    for row in rows:
+        numbers += [len(row.ids), row.start, row.num_logits, len(row.pages), *row.ids, *row.pages]
+    return numbers
+
+
+def unpack_rows(numbers: Sequence[int]) -> list[Row]:
+    """The rows again."""
+    rows, place = [], 1
+    for _ in range(numbers[0]):
+        count, start, num_logits, num_pages = numbers[place : place + 4]
+        place += 4
+        pages = numbers[place + count : place + count + num_pages]
+        rows.append(Row(numbers[place : place + count], start, pages, num_logits))
+        place += count + num_pages
+    return rows
+
+
+@dataclass
+class Share:
+    """What a rank has of a model: how to get its weights, and its stage once it has them.
+
+    Args:
+        config: the architecture.
+        mesh: this rank's place.
+        read: gives the weights.
+    """
+
+    config: MegatronModelConfig
+    mesh: Mesh
+    read: ReadWeights
+    _decoder: MegatronLmDecoder | None = None
+    _dtype: str = ""
+    _stage: StageRunner | None = None
+
+    def set_up(self, engine: EngineConfig) -> StageRunner:
+        """Load the weights, unless they are there, and make pages; every rank calls this."""
+        if self._stage is not None:
+            self._stage.close()
+        if self._decoder is None or self._dtype != engine.dtype:
+            self._decoder = None  # before the next comes into memory
+            self._decoder = lay_out_for_inference(self.config, self.mesh, self.read, DTYPES[engine.dtype])
+            self._dtype = engine.dtype
+        num_pages = self._agreed_pages(self._decoder, engine)
+        self._stage = StageRunner(self._decoder, self.mesh, num_pages, PAGE_SIZE, engine.deterministic)
+        return self._stage
+
+    def _agreed_pages(self, decoder: MegatronLmDecoder, engine: EngineConfig) -> int:
+        """Pages that fit into every rank's memory; ``cache_gib`` counts for each rank."""
+        heads, size = local_heads(decoder), self.config.head_size
+        item = next(decoder.parameters()).element_size()
+        page_bytes = max(1, 2 * len(decoder.layers) * heads * size * PAGE_SIZE * item)
+        if engine.cache_gib:
+            pages = int(engine.cache_gib * GIB) // page_bytes
+        else:
+            device = self.mesh.device
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", self.mesh.num_ranks))
+            memory = device_memory(device) // (here if device.type == "cpu" else 1)
+            per_request = -(-self.config.max_position_embeddings // PAGE_SIZE)
+            pages = min(per_request * engine.max_batch_size, int(memory * SHARE_OF_DEVICE) // page_bytes)
+        fewest = torch.tensor(pages, device=self.mesh.device)
+        if self.mesh.num_ranks > 1:
+            dist.all_reduce(fewest, dist.ReduceOp.MIN)
+        if fewest < 1:
+            raise ConfigError(
+                f"cache_gib is {engine.cache_gib}: one page of {PAGE_SIZE} tokens takes "
+                f"{page_bytes / GIB:.3g} GiB on one of the ranks."
+            )
+        return int(fewest)
+
+
+class RankRunner:
+    """Rank 0's :class:`~mtnlg.generation.runner.Runner`: does its own share and leads the others.
+
+    Args:
+        share: rank 0's.
+        engine: settings; page numbers, precision and determinism of all ranks follow them.
+        what_happened: says which rank has ended and why; ``None`` while all live.
+        timeout_seconds: of the process group, after which a rank is given up.
+        group: all ranks, on the CPU.
+
+    Raises:
+        RankError: a rank could not load its share.
+    """
+
+    is_invariant = False
+
+    def __init__(
+        self,
+        share: Share,
+        engine: EngineConfig,
+        what_happened: Callable[[], str | None] = lambda: None,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._commands, self._what_happened = Commands(group), what_happened
+        self._timeout = timeout_seconds
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self.failure: BaseException | None = None
+        with self._leading(Command.SET_UP, _pack_engine(engine)):
+            self._stage = share.set_up(engine)
+        self.num_pages, self.page_size = self._stage.num_pages, self._stage.page_size
+        self.vocab_size, self.max_length = share.config.vocab_size, share.config.max_position_embeddings
+        threading.Thread(target=self._say_that_we_live, daemon=True).start()
+
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """See :class:`~mtnlg.generation.runner.Runner`.
+
+        Raises:
+            RankError: a rank has ended or does not answer; nothing can be computed any more.
+        """
+        with self._leading(Command.RUN, pack_rows(rows)):
+            logits = self._stage.run(rows)
+        assert logits is not None
+        return logits
+
+    def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
+        """See :class:`~mtnlg.generation.runner.Runner`; raises as :meth:`run`."""
+        with self._leading(Command.HIDDEN, pack_rows(rows)):
+            states = self._stage.hidden(rows)
+        assert states is not None
+        return states
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See :class:`~mtnlg.generation.runner.Runner`; raises as :meth:`run`."""
+        with self._leading(Command.COPY_PAGES, [*sources, *targets]):
+            self._stage.copy_pages(sources, targets)
+
+    def close(self, ends_ranks: bool = True) -> None:
+        """Let the other ranks end; without ``ends_ranks`` they wait for another runner's set-up."""
+        if self._closed.is_set():
+            return
+        if ends_ranks and self.failure is None:
+            with self._leading(Command.END):
+                pass
+        self._closed.set()
+
+    @contextmanager
+    def _leading(self, command: Command, numbers: Sequence[int] = ()) -> Iterator[None]:
+        """Tell the others, do our share inside; whatever fails ends the model."""
+        if self.failure is not None:
+            raise RankError(f"the model is gone: {self.failure}")
+        with self._lock, _uninterrupted():
+            try:
+                self._commands.send(command, numbers)
+                yield
+            except Exception as error:
+                self.failure = self._explain(error)
+                self._closed.set()
+                raise self.failure from error
+
+    def _explain(self, error: Exception) -> Exception:
+        """What is behind an error: a rank that has ended is seen by us as a broken connection."""
+        deadline = time.monotonic() + 3.0
+        while (reason := self._what_happened()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if reason is not None:
+            return RankError(reason)
+        if isinstance(error, MtnlgError) or not _is_of_connection(error):
+            return error
+        return RankError(
+            f"another rank has ended, or has not answered for {self._timeout:.0f} s: "
+            f"{str(error).splitlines()[0]}"
+        )
+
+    def _say_that_we_live(self) -> None:
+        while not self._closed.wait(self._timeout / NOTES_PER_TIMEOUT):
+            # Where the lock is held, a step's own messages say the same.
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._commands.send(Command.WAIT)
+                except Exception as error:
+                    self.failure = self._explain(error)
+                    return
+                finally:
+                    self._lock.release()
+
+
+def follow(share: Share, group: dist.ProcessGroup | None = None) -> None:
+    """What every rank but the first does: its share of each step, until rank 0 says that it is over.
+
+    Args:
+        share: this rank's.
+        group: all ranks, on the CPU.
+    """
+    commands = Commands(group)
+    stage: StageRunner | None = None
+    while True:
+        command, numbers = commands.receive()
+        if command == Command.END:
+            return
+        if command == Command.SET_UP:
+            stage = share.set_up(_unpack_engine(numbers))
+        elif command == Command.WAIT:
+            continue
+        elif stage is None:
+            raise AssertionError(f"{command.name} before {Command.SET_UP.name}")
+        elif command == Command.COPY_PAGES:
+            half = len(numbers) // 2
+            stage.copy_pages(numbers[:half], numbers[half:])
+        elif command == Command.RUN:
+            stage.run(unpack_rows(numbers))
+        else:
+            stage.hidden(unpack_rows(numbers))
+
+
+def _pack_engine(engine: EngineConfig) -> list[int]:
+    kib = int(engine.cache_gib * 2**20)
+    return [engine.max_batch_size, kib, list(DTYPES).index(engine.dtype), int(engine.deterministic)]
+
+
+def _unpack_engine(numbers: Sequence[int]) -> EngineConfig:
+    batch, kib, dtype, deterministic = numbers
+    return EngineConfig(
+        max_batch_size=batch,
+        cache_gib=kib / 2**20,
+        dtype=list(DTYPES)[dtype],
+        deterministic=bool(deterministic),
+    )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """While inside, Ctrl-C and SIGTERM wait: a step left in the middle would leave the ranks apart."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals on the main thread
+        return
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for late in received:
+        signal.raise_signal(late)
+
+
+def _is_of_connection(error: Exception) -> bool:
+    text = str(error).lower()
+    return any(sign in text for sign in ("gloo", "connection", "timed out", "timeout", "nccl", "store"))

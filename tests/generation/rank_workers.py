@@ -1,0 +1,113 @@
+"""What ranks run in the tests of generation over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tests.parallel.workers import mesh_of
+from torch import Tensor
+
+from mtnlg.config import MegatronModelConfig
+from mtnlg.config.generation import EngineConfig
+from mtnlg.generation import Engine, GenerationRequest, SamplingRules
+from mtnlg.generation.ranks import RankRunner, Share, follow
+from mtnlg.generation.runner import PlainRunner, Row, Runner
+from mtnlg.model import MegatronLmDecoder, initialize_weights
+
+REQUESTS = [
+    dict(prompt_ids=[5, 9, 2, 40, 33], max_new_tokens=9),
+    dict(prompt_ids=[11], max_new_tokens=12),
+    dict(prompt_ids=[7] * 21, max_new_tokens=6, rules=SamplingRules(temperature=0.9, top_p=0.9, seed=4)),
+    dict(prompt_ids=list(range(40)), max_new_tokens=4, rules=SamplingRules(temperature=1.3, seed=9)),
+]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Reads a plain model's weights by name, as files would be."""
+
+    config: MegatronModelConfig
+
+    def __call__(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        state = plain_model(self.config).state_dict()
+        yield from ((name, state[name]) for name in names)
+
+
+def plain_model(config: MegatronModelConfig) -> MegatronLmDecoder:
+    model = MegatronLmDecoder(config)
+    initialize_weights(model, config, seed=3)
+    return model.eval()
+
+
+def share_of(model_fields: dict[str, Any], tensor: int, pipeline: int) -> Share:
+    config = MegatronModelConfig(**model_fields)
+    layout = dict(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=1)
+    return Share(config, mesh_of({**layout, "sequence_parallel": False}), Weights(config))
+
+
+def generate(
+    model_fields: dict[str, Any], tensor: int, pipeline: int, engine_fields: dict[str, Any]
+) -> list[list[int]] | None:
+    """The new tokens of all requests, answered together over the ranks."""
+    share = share_of(model_fields, tensor, pipeline)
+    if dist.get_rank() > 0:
+        follow(share)
+        return None
+    engine = EngineConfig(**engine_fields)
+    runner = RankRunner(share, engine)
+    try:
+        return answers(runner, share.config, engine)
+    finally:
+        runner.close()
+
+
+def answers(runner: Runner, config: MegatronModelConfig, engine: EngineConfig) -> list[list[int]]:
+    with torch.device("meta"):
+        shapes = MegatronLmDecoder(config)
+    running = Engine(shapes, None, engine, runner)
+    handles = [running.submit(GenerationRequest(**fields)) for fields in REQUESTS]  # type: ignore[arg-type]
+    return [handle.result().new_ids for handle in handles]
+
+
+def expected(model_fields: dict[str, Any], engine_fields: dict[str, Any]) -> list[list[int]]:
+    """The same of one process with the plain runner."""
+    config = MegatronModelConfig(**model_fields)
+    runner = PlainRunner(plain_model(config), num_pages=64)
+    return answers(runner, config, EngineConfig(**engine_fields))
+
+
+ROWS = [
+    Row([3, 1, 4, 1, 5], 0, [2, 7], 3),
+    Row([9], 0, [5], 0),
+    Row([2, 6, 5], 0, [1], 1),
+]
+LATER = [Row([8], 5, [2, 7]), Row([8, 8], 1, [5], 2), Row([8], 3, [1])]
+
+
+def logits_and_hidden(model_fields: dict[str, Any], tensor: int, pipeline: int) -> Any:
+    """Two steps over the same rows, pages copied between them, and hidden states."""
+    share = share_of(model_fields, tensor, pipeline)
+    if dist.get_rank() > 0:
+        follow(share)
+        return None
+    runner = RankRunner(share, EngineConfig(max_batch_size=6))
+    try:
+        return steps(runner)
+    finally:
+        runner.close()
+
+
+def steps(runner: Runner) -> list[Any]:
+    first = runner.run(ROWS)
+    runner.copy_pages([2, 1], [9, 10])
+    moved = [Row([8], 5, [9, 7]), LATER[1], Row([8], 3, [10])]
+    second, hidden = runner.run(moved), runner.hidden([Row([1, 2, 3], 0, [11]), Row([4], 0, [12])])
+    return [first.numpy(), second.numpy(), *(part.numpy() for part in hidden)]
+
+
+def plain_steps(model_fields: dict[str, Any]) -> list[Any]:
+    return steps(PlainRunner(plain_model(MegatronModelConfig(**model_fields)), num_pages=16))
