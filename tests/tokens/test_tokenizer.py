@@ -89,11 +89,13 @@ def test_save_and_load(tmp_path) -> None:
     config = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())
     assert config["additional_special_tokens"] == ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     # Settings of others survive a round.
+    config["model_max_length"] = 512
     config["chat_template"] = "{{ messages }}"
     (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(config))
     Tokenizer.from_pretrained(tmp_path / "tok").save_pretrained(tmp_path / "again")
     kept = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
-    assert kept["chat_template"] == "{{ messages }}"
+    assert kept["model_max_length"] == 512
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_transformers_loads_the_same_ids(tmp_path) -> None:
