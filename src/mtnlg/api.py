@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -19,13 +18,7 @@ from mtnlg.generation import (
     continuation_text,
     generate,
 )
-from mtnlg.interop import (
-    fetch_from_hub,
-    looks_like_hub_name,
-    read_config,
-    read_weights,
-    write_hugging_face,
-)
+from mtnlg.interop import write_hugging_face
 from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
 from mtnlg.model import MegatronLmDecoder, initialize_weights
 from mtnlg.tokens import Tokenizer
@@ -106,14 +99,16 @@ class MegatronLmModel(MegatronLmDecoder):
         Raises:
             CheckpointError: nothing loadable is there; the message says what was looked for.
         """
-        config, weights, tokenizer = _read_pretrained(name_or_path)
+        from mtnlg.training.model_files import open_model_files
+
+        files = open_model_files(name_or_path)
         with torch.device("meta"):
-            model = cls(config)
-        weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in weights.items()}
+            model = cls(files.config)
+        weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in files.read().items()}
         _check_weights(model, weights, str(name_or_path))
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
-        model.tokenizer = tokenizer
+        model.tokenizer = files.tokenizer
         return model.eval()
 
     def save_pretrained(
@@ -298,44 +293,6 @@ def _end_id(tokenizer: Tokenizer | None) -> int | None:
         return None if tokenizer is None else tokenizer.end_of_text_id
     except DataError:  # a foreign tokenizer need not name one
         return None
-
-
-def _read_pretrained(
-    name_or_path: str | os.PathLike[str],
-) -> tuple[MegatronModelConfig, dict[str, Tensor], Tokenizer | None]:
-    from mtnlg.training.saved_run import is_checkpoint, is_run, open_checkpoint, open_run
-
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = _from_elsewhere(name_or_path)
-    if is_checkpoint(folder) or is_run(folder):
-        saved = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder)
-        return saved.config, saved.read_weights(), _read_tokenizer(saved.tokenizer_dir)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: neither a run (config.yaml, checkpoints/) nor a checkpoint (state.json, weights/) "
-            "nor a Hugging Face folder (config.json)."
-        )
-    config = read_config(folder)
-    return config, read_weights(folder, config), _read_tokenizer(folder)
-
-
-def _from_elsewhere(name_or_path: str | os.PathLike[str]) -> Path:
-    """A hub model's folder; a path in a folder that exists is a misspelt path and no hub name."""
-    path = Path(name_or_path)
-    is_path = len(path.parts) > 1 and path.parent.is_dir()
-    if isinstance(name_or_path, str) and looks_like_hub_name(name_or_path) and not is_path:
-        return fetch_from_hub(name_or_path)
-    neighbours = [found.name for found in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, neighbours, n=1, cutoff=0.5)
-    hint = f": did you mean {path.parent / near[0]}?" if near else "."
-    raise CheckpointError(f"{path}: there is no such folder{hint}")
-
-
-def _read_tokenizer(folder: Path | None) -> Tokenizer | None:
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return None
-    return Tokenizer.from_pretrained(folder)
 
 
 def _check_weights(model: MegatronLmDecoder, weights: dict[str, Tensor], where: str) -> None:

@@ -2,7 +2,12 @@
 
 from mtnlg.interop.architectures import nearest_architecture
 from mtnlg.interop.hub import fetch_from_hub, looks_like_hub_name
-from mtnlg.interop.hugging_face import read_config, read_weights, write_hugging_face
+from mtnlg.interop.hugging_face import (
+    read_config,
+    read_weights,
+    stream_weights,
+    write_hugging_face,
+)
 from mtnlg.interop.tensor_folder import TensorFolder, write_tensors
 
 __all__ = [
@@ -12,6 +17,7 @@ __all__ = [
     "nearest_architecture",
     "read_config",
     "read_weights",
+    "stream_weights",
     "write_hugging_face",
     "write_tensors",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -33,12 +34,30 @@ def read_weights(folder: Path, config: MegatronModelConfig) -> dict[str, Tensor]
     Raises:
         CheckpointError: files are missing or damaged, or tensors do not fit the config.
     """
-    model_type = _read_json(folder / CONFIG_NAME)["model_type"]
-    source = TensorFolder.of_hugging_face(folder)
-    state = import_tensors(model_type, config, source, str(folder))
+    state = dict(stream_weights(folder, config))
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     return state
+
+
+def stream_weights(
+    folder: Path, config: MegatronModelConfig, wanted: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by our names, one after the other; a tied head is not among them.
+
+    Args:
+        folder: of safetensors.
+        config: the architecture.
+        wanted: only these; ``None`` is all.
+
+    Raises:
+        CheckpointError: as :func:`read_weights`.
+    """
+    model_type = _read_json(folder / CONFIG_NAME)["model_type"]
+    source = TensorFolder.of_hugging_face(folder)
+    for name, tensor in import_tensors(model_type, config, source, str(folder), wanted):
+        if wanted is None or name in wanted:
+            yield name, tensor
 
 
 def write_hugging_face(

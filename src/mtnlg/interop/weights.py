@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -154,35 +154,64 @@ def export_tensors(
 
 
 def import_tensors(
-    model_type: str, config: MegatronModelConfig, source: TensorFolder, where: str
-) -> dict[str, Tensor]:
-    """Our parameters by name, from a family's files.
+    model_type: str,
+    config: MegatronModelConfig,
+    source: TensorFolder,
+    where: str,
+    wanted: Collection[str] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters by name, from a family's files, one tensor in memory at a time.
+
+    Args:
+        model_type: the family.
+        config: the architecture.
+        source: their tensors.
+        where: named in errors.
+        wanted: only these of ours, and what lies in one tensor with them; ``None`` is all.
 
     Raises:
         CheckpointError: tensors are missing or left over; all are named.
     """
-    wanted = {rule: _find(rule.theirs, source) for rule in rules(model_type, config)}
-    missing = [rule.theirs for rule, name in wanted.items() if name is None]
-    found = {name for name in wanted.values() if name is not None}
-    extra = sorted(name for name in source.names - found if not _may_be_left_over(name, config))
+    places = _places(model_type, config, source, where)
+    for ours, group in groupby(places.items(), key=lambda item: item[0].ours):
+        if wanted is not None and not any(name in wanted for name in ours):
+            continue
+        found = list(group)
+        rule, name = found[0]
+        if rule.expert is None:
+            yield from zip(ours, rule.to_ours(source.read(name)))
+        else:
+            yield ours[0], _experts(found, config, source)
+
+
+def _places(
+    model_type: str, config: MegatronModelConfig, source: TensorFolder, where: str
+) -> dict[Rule, str]:
+    """Where each rule's tensor is found."""
+    sought = {rule: _find(rule.theirs, source) for rule in rules(model_type, config)}
+    places = {rule: name for rule, name in sought.items() if name is not None}
+    missing = [rule.theirs for rule in sought if rule not in places]
+    extra = sorted(
+        name for name in source.names - set(places.values()) if not _may_be_left_over(name, config)
+    )
     if missing or extra:
         problems = [f"tensor {name} is missing" for name in missing]
         problems += [f"tensor {name} belongs to no parameter" for name in extra]
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{where}: the weights do not fit config.json: {shown}.")
-    state: dict[str, Tensor] = {}
-    for rule, name in wanted.items():
-        if name is None:
-            continue
-        if rule.expert is None:
-            state.update(zip(rule.ours, rule.to_ours(source.read(name))))
-            continue
+    return places
+
+
+def _experts(found: list[tuple[Rule, str]], config: MegatronModelConfig, source: TensorFolder) -> Tensor:
+    """One parameter of ours from the matrices of all experts."""
+    whole: Tensor | None = None
+    for rule, name in found:
         matrix = source.read(name)
-        (ours,) = rule.ours
-        if ours not in state:
-            state[ours] = matrix.new_empty(config.num_experts or 0, *matrix.shape)
-        state[ours][rule.expert] = matrix
-    return state
+        if whole is None:
+            whole = matrix.new_empty(config.num_experts or 0, *matrix.shape)
+        whole[rule.expert] = matrix  # type: ignore[index]
+    assert whole is not None
+    return whole
 
 
 def _find(name: str, source: TensorFolder) -> str | None:

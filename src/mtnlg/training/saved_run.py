@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,24 @@ class SavedModel:
         Raises:
             CheckpointError: weights are missing, damaged, or not the config's.
         """
-        source = TensorFolder.of_folder(self.checkpoint / "weights")
-        state = {name: source.read(name) for name in source.names}
+        state = dict(self.stream_weights())
         if self.config.tie_word_embeddings and _EMBEDDING in state:
             state[_HEAD] = state[_EMBEDDING]
         return state
+
+    def stream_weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name, one in memory at a time; a tied head is not among them.
+
+        Args:
+            wanted: only these; ``None`` is all.
+
+        Raises:
+            CheckpointError: files are missing or damaged.
+        """
+        source = TensorFolder.of_folder(self.checkpoint / "weights")
+        for name in sorted(source.names):
+            if wanted is None or name in wanted:
+                yield name, source.read(name)
 
 
 def is_checkpoint(folder: Path) -> bool:

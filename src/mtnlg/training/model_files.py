@@ -1,0 +1,81 @@
+"""What people call MODEL, as files: a run, a checkpoint, a Hugging Face folder or hub name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from mtnlg.config import CheckpointError, MegatronModelConfig
+from mtnlg.interop import (
+    fetch_from_hub,
+    looks_like_hub_name,
+    read_config,
+    read_weights,
+    stream_weights,
+)
+from mtnlg.tokens import Tokenizer
+from mtnlg.training.saved_run import is_checkpoint, is_run, open_checkpoint, open_run
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that can be read.
+
+    Args:
+        config: the architecture.
+        tokenizer: the model's, if one lies beside it.
+        read: all parameters by name, whole, on the CPU, a tied head among them.
+        stream: those of the names given, one in memory at a time; a tied head is the embedding.
+    """
+
+    config: MegatronModelConfig
+    tokenizer: Tokenizer | None
+    read: Callable[[], dict[str, Tensor]]
+    stream: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
+
+
+def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
+    """Find out what is there; no weights are read yet.
+
+    Raises:
+        CheckpointError: nothing loadable is there; the message says what was looked for.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _from_elsewhere(name_or_path)
+    if is_checkpoint(folder) or is_run(folder):
+        saved = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder)
+        tokenizer = _read_tokenizer(saved.tokenizer_dir)
+        return ModelFiles(saved.config, tokenizer, saved.read_weights, saved.stream_weights)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: neither a run (config.yaml, checkpoints/) nor a checkpoint (state.json, weights/) "
+            "nor a Hugging Face folder (config.json)."
+        )
+    config = read_config(folder)
+    read, stream = partial(read_weights, folder, config), partial(stream_weights, folder, config)
+    return ModelFiles(config, _read_tokenizer(folder), read, stream)
+
+
+def _from_elsewhere(name_or_path: str | os.PathLike[str]) -> Path:
+    """A hub model's folder; a path in a folder that exists is a misspelt path and no hub name."""
+    path = Path(name_or_path)
+    is_path = len(path.parts) > 1 and path.parent.is_dir()
+    if isinstance(name_or_path, str) and looks_like_hub_name(name_or_path) and not is_path:
+        return fetch_from_hub(name_or_path)
+    neighbours = [found.name for found in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, neighbours, n=1, cutoff=0.5)
+    hint = f": did you mean {path.parent / near[0]}?" if near else "."
+    raise CheckpointError(f"{path}: there is no such folder{hint}")
+
+
+def _read_tokenizer(folder: Path | None) -> Tokenizer | None:
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_pretrained(folder)
