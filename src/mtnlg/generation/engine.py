@@ -202,9 +202,10 @@ class Engine:
                 raise
 
     def _take_arrivals(self) -> None:
-        waiting = self._scheduler.waiting
         while self._arrivals:
-            waiting.append(self._arrivals.popleft())
+            entry = self._arrivals.popleft()
+            if entry.generation in self._entries:  # else it was given up before it was taken in
+                self._scheduler.waiting.append(entry)
 
     def _drop_those_given_up(self) -> None:
         self._take_arrivals()
@@ -260,6 +261,11 @@ class Engine:
         statistics.preempted = self._scheduler.num_preempted
         statistics.cache_tokens = (books.num_pages - books.num_free) * books.page_size
         statistics.kept_tokens = books.num_kept * books.page_size
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are taken: neither closed nor stopped by an error of its own."""
+        return self._refusal is None
 
     # -- the engine's own thread
 
