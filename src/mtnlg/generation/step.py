@@ -13,7 +13,7 @@ from torch import Tensor
 from mtnlg.config.errors import MtnlgError
 from mtnlg.generation.request import FinishReason, TokenEvent, TokenLogprobs
 from mtnlg.generation.runner import Row, Runner
-from mtnlg.generation.sampler import Sampled, sample
+from mtnlg.generation.sampler import Sampled, many_logprobs, sample
 from mtnlg.generation.scheduler import Running, Scheduler, Share
 from mtnlg.generation.statistics import EngineStatistics
 
@@ -231,8 +231,4 @@ def _file_prompt_scores(share: Share, logits: Tensor) -> None:
     targets = entry.ids[row.start + 1 : min(row.start + len(row.ids) + 1, entry.num_prompt)]
     if not targets:
         return
-    logprobs = logits[: len(targets)].float().log_softmax(dim=-1)
-    own = logprobs.gather(-1, torch.tensor(targets, device=logprobs.device)[:, None])[:, 0].tolist()
-    best = logprobs.topk(num_top, dim=-1)
-    for logprob, tokens, values in zip(own, best.indices.tolist(), best.values.tolist()):
-        scores.append(TokenLogprobs(logprob, tuple(zip(tokens, values))))
+    scores += many_logprobs(logits[: len(targets)], targets, [num_top] * len(targets))
