@@ -59,6 +59,15 @@ def gb2312() -> list[str]:
     return [letter for letter in (pair.decode("gb2312", "ignore") for pair in pairs) if letter]
 
 
+def big5() -> list[str]:
+    """The 5,401 characters of everyday traditional Chinese."""
+    lows = [*range(0x40, 0x7F), *range(0xA1, 0xFF)]
+    pairs = [bytes([high, low]) for high in range(0xA4, 0xC7) for low in lows]
+    return [
+        letter for letter in (pair.decode("big5", "ignore") for pair in pairs) if "一" <= letter <= "龥"
+    ]
+
+
 class Variants:
     """Other ways to write a character."""
 
@@ -129,6 +138,7 @@ def modern_readings(letters: list[str]) -> dict[str, set[tuple[str, bool]]]:
     for letter in letters:
         options = single.get(str(ord(letter)), "").split(",")
         kept = [pinyin for i, pinyin in enumerate(options) if i == 0 or pinyin in used.get(letter, ())]
+        kept = kept[:1] if letter in "一不七八" else kept  # their other tones are only speech's
         found = {parsed for parsed in map(rhyme_and_tone, kept) if parsed is not None}
         toned = {(rhyme, tone in (1, 2)) for rhyme, tone in found if tone}
         readings[letter] = toned or {(rhyme, True) for rhyme, _ in found}  # a light syllable alone
@@ -168,7 +178,7 @@ def main() -> None:
     """Write both tables."""
     variants = Variants()
     old, older = pingshui_readings(variants), guangyun_readings()
-    letters = sorted(set(old) | set(gb2312()))
+    letters = sorted(set(old) | set(gb2312()) | set(big5()))
     modern = modern_readings(letters)
     by_rhyme: dict[str, list[str]] = {members[0]: [] for members in LEVEL}
     by_rhyme |= {"平": [], OBLIQUE: []}

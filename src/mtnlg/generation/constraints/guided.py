@@ -128,14 +128,15 @@ def _guided_tokenizer(definition: str, vocab_size: int, end_ids: tuple[int, ...]
 
 
 def json_schema_grammar(schema: Any) -> str:
-    """Of a JSON schema, given as a dict, a bool or JSON text."""
+    """Of a JSON schema, given as a dict, ``True`` (anything) or JSON text."""
     matcher = _matcher_class()
     try:
         content = json.loads(schema) if isinstance(schema, str) else schema
+        content = {} if content is True else content
         text = json.dumps(content, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise _error("json_schema", str(error)) from error
-    if not isinstance(content, (dict, bool)):
+    if not isinstance(content, dict):
         raise _error("json_schema", f"it must be an object, not {text[:60]}")
     _check_length(text, "json_schema")
     try:
