@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
 from mtnlg.model import MegatronLmDecoder, initialize_weights
 from mtnlg.tokens import Tokenizer
 from mtnlg.tokens.tokenizer import END_OF_TEXT
+
+if TYPE_CHECKING:
+    from mtnlg.config.generation import EngineConfig
+    from mtnlg.generation.runner import Runner
 
 Prompt: TypeAlias = "str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor"
 
@@ -59,6 +63,8 @@ class MegatronLmModel(MegatronLmDecoder):
     ) -> None:
         super().__init__(config)
         self.tokenizer = tokenizer
+        # What engines run a model with whose weights are on other ranks; ``None``: they are here.
+        self.make_runner: Callable[[EngineConfig], Runner] | None = None
         if not self.is_meta:
             initialize_weights(self, config, seed)
 

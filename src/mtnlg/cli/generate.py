@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from mtnlg.cli.models import MODEL_HELP
+from mtnlg.cli.ranks import add_rank_arguments
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -30,6 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1, help="how many continuations to write")
     parser.add_argument("--use-cache", type=bool, default=True, help="keep keys and values")
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda; null is the best one")
+    add_rank_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object for each continuation")
 
 
@@ -42,7 +44,7 @@ def run(arguments: Namespace) -> int:
         raise ConfigError(f"--samples is {arguments.samples}: it must be at least 1.")
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     prompt = prompt.removesuffix("\n") if arguments.prompt == "-" else prompt
-    model, _tokenizer = open_model(arguments.model, arguments.device)
+    model, _tokenizer = open_model(arguments.model, arguments.device, arguments)
     options = _sampling_options(arguments)
     for number in range(arguments.samples):
         if arguments.seed is not None:

@@ -6,26 +6,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from mtnlg.api import MegatronLmModel
     from mtnlg.tokens import Tokenizer
 
 MODEL_HELP = "a run, a checkpoint, a Hugging Face folder or hub name"
 
 
-def open_model(name_or_path: str, device: str | None = None) -> tuple[MegatronLmModel, Tokenizer]:
+def open_model(
+    name_or_path: str, device: str | None = None, ranks: Namespace | None = None
+) -> tuple[MegatronLmModel, Tokenizer]:
     """The model and its tokenizer, on the device asked for or the best that is present.
+
+    Args:
+        name_or_path: MODEL.
+        device: ``cpu`` or ``cuda``.
+        ranks: arguments that :func:`~mtnlg.cli.ranks.add_rank_arguments` declared, which may ask for
+            several ranks: the model then has its weights there, and only engines can run it.
 
     Raises:
         CheckpointError: nothing loadable is there.
         ConfigError: the device is not there, or the model has no tokenizer.
     """
     from mtnlg.api import MegatronLmModel
+    from mtnlg.cli.ranks import open_over_ranks, wants_ranks
     from mtnlg.config import ConfigError
     from mtnlg.training.loop import choose_device
 
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device is {device!r}: choose cpu or cuda.")
-    model = MegatronLmModel.from_pretrained(name_or_path, device=choose_device(device))
+    if ranks is not None and wants_ranks(ranks):
+        sizes = (ranks.tensor_parallel_size, ranks.pipeline_parallel_size)
+        model = open_over_ranks(name_or_path, choose_device(device), *sizes)
+    else:
+        model = MegatronLmModel.from_pretrained(name_or_path, device=choose_device(device))
     if model.tokenizer is None:
         raise ConfigError(f"{name_or_path} holds no tokenizer, so it can neither read nor write text.")
     return model, model.tokenizer

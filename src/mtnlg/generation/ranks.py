@@ -27,6 +27,7 @@ from mtnlg.generation.memory import SHARE_OF_DEVICE, device_memory
 from mtnlg.generation.runner import PAGE_SIZE, Row
 from mtnlg.generation.stage_runner import StageRunner
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.parallel.companions import is_of_connection
 from mtnlg.parallel.inference import ReadWeights, lay_out_for_inference, local_heads
 from mtnlg.parallel.mesh import Mesh
 
@@ -240,7 +241,7 @@ class RankRunner:
             time.sleep(0.05)
         if reason is not None:
             return RankError(reason)
-        if isinstance(error, MtnlgError) or not _is_of_connection(error):
+        if isinstance(error, MtnlgError) or not is_of_connection(error):
             return error
         return RankError(
             f"another rank has ended, or has not answered for {self._timeout:.0f} s: "
@@ -266,8 +267,20 @@ def follow(share: Share, group: dist.ProcessGroup | None = None) -> None:
     Args:
         share: this rank's.
         group: all ranks, on the CPU.
+
+    Raises:
+        RankError: another rank has ended or does not answer.
     """
-    commands = Commands(group)
+    try:
+        _follow(share, Commands(group))
+    except RuntimeError as error:
+        if isinstance(error, MtnlgError) or not is_of_connection(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise RankError(f"another rank of the model has ended or does not answer: {reason}") from error
+
+
+def _follow(share: Share, commands: Commands) -> None:
     stage: StageRunner | None = None
     while True:
         command, numbers = commands.receive()
@@ -321,8 +334,3 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     for late in received:
         signal.raise_signal(late)
-
-
-def _is_of_connection(error: Exception) -> bool:
-    text = str(error).lower()
-    return any(sign in text for sign in ("gloo", "connection", "timed out", "timeout", "nccl", "store"))

@@ -14,8 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mtnlg.config.generation import EngineConfig
-from mtnlg.generation.memory import num_cache_pages
 from mtnlg.model import MegatronLmDecoder
 
 PAGE_SIZE = 16  # tokens
@@ -89,17 +87,6 @@ class PagedKeyValues:
             pool[self._page_of[new], :, self._place_of[new]] = tensor[0].transpose(0, 1).to(pool.dtype)
             found.append(pool[self._page_of, :, self._place_of].transpose(0, 1)[None])
         return found[0], found[1]
-
-
-def make_runner(model: MegatronLmDecoder, config: EngineConfig) -> Runner:
-    """The runner that fits the model, its device and the settings.
-
-    Raises:
-        ConfigError: ``cache_gib`` does not hold a page.
-    """
-    parameter = next(model.parameters())
-    num_pages = num_cache_pages(model.config, config, PAGE_SIZE, parameter.element_size(), parameter.device)
-    return PlainRunner(model, num_pages)
 
 
 class PlainRunner:
