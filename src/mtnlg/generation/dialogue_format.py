@@ -39,8 +39,8 @@ class DialogueFormat(Protocol):
     ) -> list[Piece]:
         """The prompt of the next answer, or with ``is_open`` of the rest of the last message."""
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Its token ids."""
+    def encode(self, pieces: Sequence[Piece], is_rest: bool = False) -> list[int]:
+        """Its token ids; with ``is_rest`` of what comes after others."""
 
     def content_of(self, text: str) -> str:
         """The message's content in an answer as it was generated."""
@@ -78,9 +78,9 @@ class TemplateFormat:
             messages, tools or None, not is_open, continue_final_message=is_open, **variables
         )
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def encode(self, pieces: Sequence[Piece], is_rest: bool = False) -> list[int]:
         """See :class:`DialogueFormat`."""
-        return self._plain.encode(pieces)
+        return self._plain.encode(pieces, is_rest)
 
     def content_of(self, text: str) -> str:
         """As it is."""
@@ -158,9 +158,9 @@ class PersonaFormat:
         is_known = start in self._tokenizer.special_tokens
         return [*([Piece(str(start), True)] if is_known else []), Piece(text)]
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def encode(self, pieces: Sequence[Piece], is_rest: bool = False) -> list[int]:
         """See :class:`DialogueFormat`."""
-        return self._writer.encode(pieces)
+        return self._writer.encode(pieces, is_rest)
 
     def content_of(self, text: str) -> str:
         """Without the spaces around it, which belong to the transcript."""

@@ -112,9 +112,13 @@ PERSONAS = {
 
 def persona_for(text: str) -> Persona:
     """The built-in assistant that speaks the language of ``text``."""
-    num_han = sum(map(has_han, text))
+    return PERSONAS["assistant-zh" if is_chinese(text) else "assistant"]
+
+
+def is_chinese(text: str) -> bool:
+    """Whether ``text`` is rather Chinese than English."""
     num_latin = sum(letter.isascii() and letter.isalpha() for letter in text)
-    return PERSONAS["assistant-zh" if 2 * num_han > num_latin else "assistant"]
+    return 2 * sum(map(has_han, text)) > num_latin
 
 
 def has_han(text: str) -> bool:

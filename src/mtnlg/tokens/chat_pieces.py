@@ -94,18 +94,24 @@ class ChatPieces:
         )
         return self._cut(_until_end(text) if continue_final_message else text)
 
-    def encode(self, pieces: Sequence[Piece]) -> list[int]:
-        """Token ids; as transformers gives for the whole text, where no message names a special token."""
+    def encode(self, pieces: Sequence[Piece], is_rest: bool = False) -> list[int]:
+        """Token ids; as transformers gives for the whole text, where no message names a special token.
+
+        Args:
+            pieces: as rendered.
+            is_rest: something stands before them, so their first word does not begin the text.
+        """
         whole = "".join(piece.text for piece in pieces)
         specials = [piece for piece in pieces if piece.is_special]
-        if len(self._names.findall(whole)) == len(specials):
+        is_first = not (is_rest and self._begins_texts_differently)
+        if is_first and len(self._names.findall(whole)) == len(specials):
             return self._tokenizer.encode(whole, allow_special=True)
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             if piece.is_special:
                 ids.append(self._tokenizer.special_tokens[piece.text])
             else:
-                ids += self._encode_text(self._stripped(pieces, place), is_first=place == 0)
+                ids += self._encode_text(self._stripped(pieces, place), is_first=is_first and place == 0)
         return ids
 
     # -- marks

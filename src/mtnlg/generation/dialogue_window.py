@@ -1,0 +1,160 @@
+"""Which part of a conversation the model sees, when it has outgrown the model's positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtnlg.config.errors import ConfigError
+from mtnlg.generation.dialogue_format import DialogueFormat, Tools
+from mtnlg.generation.dialogue_ids import DialogueIds, Segment, ids_of
+from mtnlg.generation.personas import is_chinese
+
+POLICIES = ("drop", "refuse", "summarise")
+# Turns are dropped until a quarter of the room is free: dropping one at a time would change the beginning
+# of every prompt, and the whole of it would be read anew for each answer.
+_FREE_AFTER_DROPPING = 4
+_MOST_SUMMARY_TOKENS = 128
+_REQUESTS = {
+    False: "Summarise our conversation so far in two or three sentences. Keep names, facts and wishes.",
+    True: "请用两三句话概括我们到目前为止的谈话，保留名字、事实和要求。",
+}
+_HEADINGS = {False: "What was said before: ", True: "此前的谈话："}
+
+Message = Mapping[str, Any]
+Summarise = Callable[[list[int], int], str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given.
+
+    Args:
+        segments: the conversation as written, with its tokens.
+        notices: what the person should know about it.
+    """
+
+    segments: list[Segment]
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens."""
+        return ids_of(self.segments)
+
+
+class DialogueWindow:
+    """Makes the prompts of one conversation; once a turn is left out, it stays out.
+
+    Args:
+        form: how the conversation is written.
+        ids: what encodes it.
+        max_length: positions of the model.
+    """
+
+    def __init__(self, form: DialogueFormat, ids: DialogueIds, max_length: int) -> None:
+        self.ids = ids
+        self._form, self._max_length = form, max_length
+        self._start = 0  # the first turn that is shown
+        self._summary = ""
+
+    def prompt(
+        self,
+        messages: list[dict[str, Any]],
+        max_new_tokens: int,
+        policy: str,
+        summarise: Summarise,
+        tools: Tools | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt for the next answer.
+
+        Room is kept for ``max_new_tokens``, but at most a quarter of the model's positions.
+
+        Args:
+            messages: the whole conversation.
+            max_new_tokens: longest answer.
+            policy: one of ``POLICIES``.
+            summarise: generates from a prompt so many tokens of text.
+            tools: see ``DialogueOptions``.
+            variables: likewise.
+
+        Raises:
+            ConfigError: the last turn alone does not fit, or the policy is to refuse.
+        """
+        head = messages[:1] if messages[0]["role"] == "system" else []
+        examples = turns_of(self._form.examples(messages))
+        turns = [*examples, *turns_of(messages[len(head) :])]
+        room = self._max_length - min(max_new_tokens, self._max_length // 4)
+        before = self._start = min(self._start, len(turns) - 1)
+        written: list[Segment] = []
+
+        def write(start: int) -> int:
+            nonlocal written
+            shown = [message for turn in turns[start:] for message in turn]
+            pieces = self._form.pieces([*self._head(head), *shown], tools, **(variables or {}))
+            written = self.ids.encode(pieces)
+            return len(ids_of(written))
+
+        length, target = write(before), room
+        while length > target and self._start < len(turns) - 1:
+            if policy == "refuse" and self._start >= len(examples):
+                raise ConfigError(
+                    f"the conversation has {length} tokens and the model {self._max_length} positions: "
+                    "begin a new one, or choose the policy drop or summarise."
+                )
+            self._start += 1
+            target = room - room // _FREE_AFTER_DROPPING
+            length = write(self._start)
+        if policy == "summarise" and (lost := turns[max(before, len(examples)) : self._start]):
+            self._summary = self._summarise(head, lost, summarise)
+            length = write(self._start)
+        if length >= self._max_length:
+            self._start = before
+            raise ConfigError(
+                f"the last message makes a prompt of {length} tokens, and the model has {self._max_length} "
+                "positions: shorten it (or the system prompt), nothing could follow it."
+            )
+        num_lost = self._start - max(before, len(examples))
+        return Prompt(written, self._notices(num_lost, policy))
+
+    def _head(self, head: list[dict[str, Any]]) -> list[Message]:
+        if not self._summary:
+            return list(head)
+        text = f"{_HEADINGS[is_chinese(self._summary)]}{self._summary}"
+        return [{"role": "system", "content": f"{head[0]['content']}\n\n{text}" if head else text}]
+
+    def _summarise(
+        self, head: list[dict[str, Any]], lost: list[list[Message]], summarise: Summarise
+    ) -> str:
+        """A summary of the summary so far and of the turns that are lost."""
+        num_tokens = min(_MOST_SUMMARY_TOKENS, self._max_length // 8)
+        for first in range(len(lost)):
+            shown = [message for turn in lost[first:] for message in turn]
+            request = _REQUESTS[is_chinese("".join(str(message["content"]) for message in shown))]
+            asked = {"role": "user", "content": request}
+            ids = self._form.encode(self._form.pieces([*self._head(head), *shown, asked]))
+            if len(ids) + num_tokens <= self._max_length:
+                return summarise(ids, num_tokens)
+        return self._summary  # not one turn fits with the request: it is dropped
+
+    def _notices(self, num_lost: int, policy: str) -> list[str]:
+        if num_lost <= 0:
+            return []
+        turns = "the oldest turn" if num_lost == 1 else f"the oldest {num_lost} turns"
+        what = "summarised" if policy == "summarise" and self._summary else "left out"
+        return [
+            f"{turns} of the conversation {'is' if num_lost == 1 else 'are'} {what}: the model has "
+            f"{self._max_length} positions."
+        ]
+
+
+def turns_of(messages: list[dict[str, Any]]) -> list[list[Message]]:
+    """Messages in turns: each a question with all that came before the next."""
+    turns: list[list[Message]] = []
+    for message in messages:
+        if message["role"] == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return turns
