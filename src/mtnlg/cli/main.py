@@ -27,6 +27,7 @@ VERBS = {
     "train": "train a model from a recipe",
     "evaluate": "measure a model: perplexity, bits per byte and per character",
     "generate": "continue a text with a model",
+    "serve": "answer over HTTP: OpenAI's API and a chat page",
 }
 
 

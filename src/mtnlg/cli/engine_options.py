@@ -1,0 +1,45 @@
+"""The engine's settings as options of a verb."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from mtnlg.config.generation import EngineConfig
+
+OPTIONS = (
+    ("max_batch_size", int, "sequences that are written at the same time"),
+    ("max_queue_size", int, "sequences that may wait; a further one is refused"),
+    ("cache_gib", float, "memory for keys and values; 0 is what the batch needs, with a limit"),
+    ("prefill_chunk", int, "most prompt tokens of one step"),
+    ("prefix_cache", bool, "keep keys and values for prompts that begin alike"),
+    ("dtype", str, "float32, bf16, or auto: as the weights are saved"),
+    ("deterministic", bool, "the same answer whatever else is in the batch"),
+    ("compile", str, "kernels by torch.compile: auto, on or off"),
+)
+
+
+def add_engine_arguments(parser: ArgumentParser) -> None:
+    """Declare them, with the defaults of :class:`EngineConfig`."""
+    from mtnlg.config.generation import EngineConfig
+
+    for name, kind, what in OPTIONS:
+        option = f"--{name.replace('_', '-')}"
+        default = getattr(EngineConfig, name)
+        if kind is bool and not default:
+            parser.add_argument(option, action="store_true", help=what)
+        else:
+            parser.add_argument(option, type=kind, default=default, help=what)
+
+
+def engine_config(arguments: Namespace) -> EngineConfig:
+    """What was given.
+
+    Raises:
+        ConfigError: naming every value that is out of range.
+    """
+    from mtnlg.config.generation import EngineConfig
+
+    return EngineConfig(**{name: getattr(arguments, name) for name, _kind, _what in OPTIONS})

@@ -1,0 +1,183 @@
+"""``POST /v1/chat/completions``: the next turn of a conversation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from mtnlg.config.errors import ConfigError, DataError
+from mtnlg.generation.constraint import Constraint
+from mtnlg.generation.dialogue_format import DialoguePrompt, dialogue_prompt
+from mtnlg.serving.chat_answer import ChatAnswer
+from mtnlg.serving.chat_schemas import ChatRequest, Message, Tool, ToolCall
+from mtnlg.serving.errors import invalid
+from mtnlg.serving.jobs import Job
+from mtnlg.serving.prompts import (
+    base_request,
+    check_count,
+    check_lengths,
+    compiled,
+    constraint_of,
+    off_the_loop,
+    sequences,
+)
+from mtnlg.serving.state import ServerState, state_of, visit_of
+from mtnlg.serving.streaming import EventStream, finish
+from mtnlg.serving.tools import call_grammar, chosen_tools
+
+# What the template gets from the server and nobody may override.
+RESERVED = frozenset(
+    ("tokenizer", "messages", "tools", "form", "max_tokens", "is_open", "add_generation_prompt")
+)
+
+
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation."""
+    state, visit = state_of(request), visit_of(request)
+    state.check_model(body.model)
+    _check(body)
+    tools, must_call = chosen_tools(body.tools, body.tool_choice)
+    check_count(state, body.n or 1, "n")
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    prompt = await prompt_of(state, body.messages, tools, body.chat_template_kwargs or {}, wanted)
+    ids = prompt.ids
+    check_lengths(state, [ids], wanted or 1, "messages")
+    base = base_request(state, visit, body)
+    base.end_ids = () if body.ignore_eos else prompt.end_ids
+    base.stop = [*base.stop, *prompt.stop]
+    base.constraint = await _constraint(state, body, tools if must_call else [])
+    base.max_new_tokens = wanted or state.backend.engine.max_length - len(ids)
+    base.min_new_tokens = min(base.min_new_tokens, base.max_new_tokens)
+    base.logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    job = Job(state, visit, sequences(base, [ids], body.n or 1), is_open_ended=wanted is None)
+    answer = ChatAnswer(state, body, job, [tool.function.name for tool in tools], prompt.format)
+    if body.stream:
+        return EventStream(job, visit, answer)
+    await finish(request, job)
+    if state.config.log_prompts:
+        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        visit.facts |= {"messages": messages, "answer": [found.text for found in job.generations]}
+    return JSONResponse(answer.whole())
+
+
+def _check(body: ChatRequest) -> None:
+    """Refuse what does not go together."""
+    if body.stream_options is not None and not body.stream:
+        message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+        raise invalid(message, "stream_options", "invalid_value")
+    if body.top_logprobs is not None and not body.logprobs:
+        message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
+        raise invalid(message, "top_logprobs", "invalid_value")
+    for number, turn in enumerate(body.messages):
+        where = f"messages[{number}]"
+        if turn.content is None and not (turn.role == "assistant" and turn.tool_calls):
+            text = f"Invalid value for '{where}.content': expected a string, got null."
+            raise invalid(text, f"{where}.content", "invalid_type")
+        if turn.role == "tool" and turn.tool_call_id is None:
+            text = f"Missing required parameter: '{where}.tool_call_id'."
+            raise invalid(text, f"{where}.tool_call_id", "missing_required_parameter")
+
+
+async def prompt_of(
+    state: ServerState,
+    messages: Sequence[Message],
+    tools: Sequence[Tool],
+    variables: dict[str, Any],
+    wanted: int | None = None,
+) -> DialoguePrompt:
+    """The conversation as the model reads it.
+
+    Args:
+        state: the server's.
+        messages: of the request.
+        tools: that may be called.
+        variables: for the template.
+        wanted: tokens that the answer needs room for.
+
+    Raises:
+        ApiError: 400: too long, or the template refuses it.
+    """
+    plain = [as_template_message(message, number) for number, message in enumerate(messages)]
+    described = [tool.model_dump(exclude_none=True) for tool in tools] or None
+    backend = state.backend
+    limit = backend.engine.max_length
+    least = sum(backend.least_tokens(message["content"]) for message in plain)
+    if least > limit:
+        raise invalid(
+            f"This model's maximum context length is {limit} tokens. However, your messages resulted in "
+            f"at least {least}. Please reduce the length of the messages.",
+            "messages",
+            "context_length_exceeded",
+        )
+    if taken := RESERVED & variables.keys():
+        message = f"Invalid 'chat_template_kwargs': {min(taken)} is set by the server."
+        raise invalid(message, "chat_template_kwargs", "invalid_value")
+    room = max(1, limit - (wanted or limit // 4))
+    try:
+        return await off_the_loop(
+            state,
+            lambda: dialogue_prompt(
+                backend.tokenizer, plain, described, form=backend.form, max_tokens=room, **variables
+            ),
+        )
+    except (ConfigError, DataError) as error:
+        param = "tools" if described and not backend.form.can_use_tools else "messages"
+        raise invalid(f"Invalid '{param}': {error}", param, "invalid_value") from error
+
+
+def as_template_message(message: Message, number: int) -> dict[str, Any]:
+    """A message as templates know it: plain text, arguments of calls as objects."""
+    content = message.content or ""
+    if not isinstance(content, str):
+        content = "\n".join(part.text for part in content)
+    role = "system" if message.role == "developer" else message.role
+    found: dict[str, Any] = {"role": role, "content": content}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        where = f"messages[{number}].tool_calls"
+        found["tool_calls"] = [
+            _template_call(call, f"{where}[{place}]") for place, call in enumerate(message.tool_calls)
+        ]
+    return found
+
+
+def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except ValueError as error:
+        where += ".function.arguments"
+        raise invalid(f"Invalid '{where}': it is no JSON.", where, "invalid_value") from error
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+async def _constraint(state: ServerState, body: ChatRequest, called: Sequence[Tool]) -> Constraint | None:
+    """The one rule that the answer follows, from whichever field asks for it.
+
+    Raises:
+        ApiError: 400: two rules, or one that cannot be used.
+    """
+    found = await constraint_of(state, body)
+    form = body.response_format
+    has_form = form is not None and form.type != "text"
+    if sum((found is not None, has_form, bool(called))) > 1:
+        message = "Give one of 'response_format', a 'guided_*' rule and a 'tool_choice' that forces a call."
+        raise invalid(message, "response_format", "invalid_value")
+    if called:
+        return await compiled(state, "grammar", call_grammar(called), "tools")
+    if form is None or not has_form:
+        return found
+    if form.type == "json_object":
+        return await compiled(state, "json_object", None, "response_format")
+    where = "response_format.json_schema"
+    if form.json_schema is None or form.json_schema.schema_ is None:
+        missing = where if form.json_schema is None else f"{where}.schema"
+        raise invalid(f"Missing required parameter: '{missing}'.", missing, "missing_required_parameter")
+    return await compiled(state, "json_schema", form.json_schema.schema_, f"{where}.schema")
