@@ -530,3 +530,53 @@ def test_times_and_counts_are_kept(make_model):
     assert found.batch_rows.cumulative()[:2] == [(1, 4), (2, 8)]
     assert found.batch_rows.cumulative()[-1] == (float("inf"), found.steps)
     assert 0 < found.model_seconds < found.step_seconds
+
+
+class Guesser:
+    """Guesses from what it was told; right as often as that was."""
+
+    def __init__(self, answers: list[list[int]], count: int) -> None:
+        self.answers, self.count = answers, count
+        self.forgotten = 0
+
+    def draft(self, entries):
+        found = []
+        for entry in entries:
+            known = [ids for ids in self.answers if ids[: len(entry.ids)] == entry.ids]
+            found.append(known[0][len(entry.ids) :][: self.count] if known else [1, 2, 3])
+        return found
+
+    def forget(self, entry):
+        self.forgotten += 1
+
+
+@pytest.mark.parametrize("num_pages", [64, 5])
+@pytest.mark.parametrize("rules", [SamplingRules(), SamplingRules(temperature=1.0, seed=4)])
+def test_guesses_change_the_steps_and_not_the_tokens(make_model, rules, num_pages):
+    model = make_model()
+
+    def ask(engine):
+        found = [
+            engine.submit(GenerationRequest(p, rules, max_new_tokens=15, end_ids=[60], logprobs=1))
+            for p in PROMPTS
+        ]
+        return [generation.result() for generation in found]
+
+    plain = Engine(model, runner=SpyRunner(model))
+    expected = ask(plain)
+    answers = [found.ids for found in expected]
+    wrong = [[*ids[:-4], 0, 0, 0, 0] for ids in answers]
+    for known in (answers, wrong, []):
+        guesser = Guesser(known, 4)
+        engine = Engine(model, runner=SpyRunner(model, num_pages), drafter=guesser)
+        found = ask(engine)
+        assert [one.ids for one in found] == answers
+        assert [one.finish_reason for one in found] == [one.finish_reason for one in expected]
+        for one, same in zip(found, expected):
+            scores, others = [[s.logprob for s in of.logprobs] for of in (one, same)]
+            assert scores == pytest.approx(others, abs=1e-4)
+        assert engine.statistics.cache_tokens == 0
+        assert guesser.forgotten == len(PROMPTS)
+        if known is answers and num_pages == 64:
+            assert engine.statistics.steps < plain.statistics.steps / 2
+            assert engine.statistics.accepted_tokens == engine.statistics.drafted_tokens > 20

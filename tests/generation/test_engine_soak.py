@@ -1,4 +1,4 @@
-"""Thousands of requests that come, go, are cancelled and run out of time: all end, all memory comes back."""
+"""Thousands of requests that come, go, are cancelled, run out of time: all end, all memory comes back."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check(row: Row, page_size: int) -> None:
 
 
 def random_request(rng: random.Random, beginnings: list[list[int]]) -> GenerationRequest:
-    prompt = rng.choice(beginnings)[: rng.randrange(30)] + [rng.randrange(67)]
+    prompt = [*rng.choice(beginnings)[: rng.randrange(30)], rng.randrange(67)]
     return GenerationRequest(
         prompt,
         SamplingRules(temperature=rng.choice([0.0, 1.0]), seed=rng.randrange(5)),
@@ -61,7 +61,7 @@ def decode(ids: list[int]) -> str:
 def engine(make_model) -> Engine:
     config = EngineConfig(max_batch_size=6, max_queue_size=30, prefill_chunk=16)
     model = make_model()
-    return Engine(model, decode, config, Unreliable(model, 14, random.Random(1)))
+    return Engine(model, decode, config, Unreliable(model, 8, random.Random(1)))
 
 
 def check_nothing_is_lost(engine: Engine, found: list[Generation]) -> None:

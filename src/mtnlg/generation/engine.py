@@ -21,11 +21,12 @@ from torch import Tensor
 from mtnlg.config.errors import MtnlgError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.checks import check_request
+from mtnlg.generation.choose_runner import make_runner
 from mtnlg.generation.pages import PageBooks
 from mtnlg.generation.request import FinishReason, Generation, GenerationRequest, TokenEvent
-from mtnlg.generation.runner import Runner, make_runner
+from mtnlg.generation.runner import Runner
 from mtnlg.generation.sampler import SamplingState
-from mtnlg.generation.scheduler import Running, Scheduler
+from mtnlg.generation.scheduler import Drafter, Running, Scheduler
 from mtnlg.generation.statistics import EngineStatistics
 from mtnlg.generation.step import Stepper
 from mtnlg.generation.text import TextStream
@@ -56,6 +57,8 @@ class Engine:
         decode: ids to text, for ``text`` and stop strings; ``None`` gives ids only.
         config: settings.
         runner: runs the model; ``None`` makes one that fits the model and the settings.
+        drafter: guesses tokens that the model then checks several at a time.
+        use_cache: keep keys and values; ``None`` is the model's config's.
 
     Raises:
         ConfigError: the settings do not fit the model or the machine.
@@ -67,6 +70,8 @@ class Engine:
         decode: Decode | None = None,
         config: EngineConfig | None = None,
         runner: Runner | None = None,
+        drafter: Drafter | None = None,
+        use_cache: bool | None = None,
     ) -> None:
         self.decode = decode
         self.config = config or EngineConfig()
@@ -80,7 +85,8 @@ class Engine:
             self.config.prefill_chunk,
             self.config.prefix_cache,
             PIECE if self.config.deterministic and not runner.is_invariant else None,
-            model.config.use_cache,
+            model.config.use_cache if use_cache is None else use_cache,
+            drafter,
         )
         self._stepper = Stepper(runner, self._scheduler, self.statistics, self._finish)
         self._arrivals: deque[Running] = deque()

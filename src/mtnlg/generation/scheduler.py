@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -73,10 +74,31 @@ class Running:
 
 @dataclass
 class Share:
-    """What one request does in a step."""
+    """What one request does in a step.
+
+    Args:
+        entry: whose.
+        row: its new tokens, guessed ones at the end.
+        draft: the guessed ones.
+    """
 
     entry: Running
     row: Row
+    draft: Sequence[int] = ()
+
+
+class Drafter(Protocol):
+    """Guesses what comes next, for the model to check in one step: speculative decoding.
+
+    Every token is still chosen from the model's own logits, so guesses change how fast tokens come and
+    not which.
+    """
+
+    def draft(self, entries: Sequence[Running]) -> Sequence[Sequence[int]]:
+        """The next tokens of each request (``entry.ids`` so far), none where there is no good guess."""
+
+    def forget(self, entry: Running) -> None:
+        """A request has ended."""
 
 
 class Scheduler:
@@ -96,6 +118,8 @@ class Scheduler:
             share whole pieces only, so that a token's numbers never depend on who else is there;
             ``None`` cuts prompts wherever a step is full.
         use_cache: ``False`` computes every token anew in every step.
+        drafter: guesses tokens; not asked where prompts are computed in pieces, because a guessed token's
+            numbers come from another product than a token's alone.
     """
 
     def __init__(
@@ -106,6 +130,7 @@ class Scheduler:
         keep_prefixes: bool = True,
         piece: int | None = None,
         use_cache: bool = True,
+        drafter: Drafter | None = None,
     ) -> None:
         self.books = books
         self.waiting: deque[Running] = deque()
@@ -115,12 +140,15 @@ class Scheduler:
         self._keep = keep_prefixes and use_cache
         self._piece = piece
         self._use_cache = use_cache
+        self.drafter = drafter if use_cache and piece is None else None
         self._unit = piece or books.page_size  # tokens that are shared together
 
     # -- who is there
 
     def remove(self, entry: Running) -> None:
         """Let a request go, wherever it is; its pages are free."""
+        if self.drafter is not None:
+            self.drafter.forget(entry)
         if entry.is_running:
             self.running.remove(entry)
             self._take_pages_back(entry)
@@ -203,6 +231,7 @@ class Scheduler:
         """The next step: everyone's share, and who takes part for the first time."""
         newcomers = self._admit()
         shares: list[Share] = []
+        generating: list[Running] = []
         unfinished: list[Running] = []
         for entry in tuple(self.running):
             if not entry.is_running:  # it has just made room for an older one
@@ -213,10 +242,30 @@ class Scheduler:
             elif entry.num_missing > 1:
                 unfinished.append(entry)
             elif self._make_room(entry, len(entry.ids)):
-                shares.append(self._share(entry, 1))
+                generating.append(entry)
+        shares += self._go_on(generating)
         if unfinished:
             shares += self._share_prompts(unfinished)
         return shares, newcomers
+
+    def _go_on(self, entries: list[Running]) -> list[Share]:
+        """One token of each, and what is guessed to follow."""
+        shares = [self._share(entry, 1) for entry in entries]
+        if self.drafter is None or not entries:
+            return shares
+        for share, draft in zip(shares, self.drafter.draft(entries), strict=True):
+            entry, row = share.entry, share.row
+            if not row.num_logits or entry.generation.request.hidden:
+                continue
+            room = min(len(draft), entry.max_length - len(entry.ids) - 1)
+            missing = self.books.pages_for(len(entry.ids) + room) - len(entry.pages)
+            if missing > 0:  # nobody loses a place for a guess
+                entry.pages += self.books.take(missing) or []
+                room = min(room, len(entry.pages) * self.books.page_size - len(entry.ids))
+            if room > 0:
+                share.draft = list(draft[:room])
+                row.ids, row.num_logits = [*row.ids, *share.draft], room + 1
+        return shares
 
     def _make_room(self, entry: Running, num_tokens: int) -> bool:
         """See that ``entry`` has pages for so many tokens; ``False`` if it lost its place instead."""

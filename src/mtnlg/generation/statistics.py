@@ -54,6 +54,8 @@ class EngineStatistics:
         prompt_tokens: prompt tokens taken in.
         cached_tokens: of these, found in the prefix cache.
         new_tokens: tokens generated.
+        drafted_tokens: tokens that were guessed (speculative decoding).
+        accepted_tokens: of these, the right ones.
         cache_tokens: tokens whose keys and values running requests hold memory for.
         kept_tokens: tokens held for later prompts only; their memory is free for the asking.
         cache_capacity: tokens there is memory for.
@@ -75,6 +77,8 @@ class EngineStatistics:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     new_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     cache_tokens: int = 0
     kept_tokens: int = 0
     cache_capacity: int = 0

@@ -72,7 +72,7 @@ class Stepper:
             return True
         statistics.model_seconds += time.perf_counter() - model_began
         for share in shares:
-            self._scheduler.advance(share.entry, len(share.row.ids))
+            self._scheduler.advance(share.entry, len(share.row.ids) - len(share.draft))
         if logits is not None:
             self._choose([share for share in shares if not share.entry.generation.request.hidden], logits)
         self._end_embeddings(shares)
@@ -110,7 +110,7 @@ class Stepper:
     # -- the tokens
 
     def _choose(self, shares: Sequence[Share], logits: Tensor) -> None:
-        """Choose the next token of everyone whose last logits are here."""
+        """Choose the next tokens of everyone whose last logits are here."""
         choosing: list[Share] = []
         places: list[int] = []
         end = 0
@@ -125,50 +125,68 @@ class Stepper:
                 continue
             if len(entry.ids) < entry.max_length:
                 choosing.append(share)
-                places.append(end - 1)
+                places.append(end - 1 - len(share.draft))
             else:  # only the prompt's scores were wanted
                 self._finish(entry, "length")
-        if not choosing:
-            return
-        if len(places) < len(logits):
-            logits = logits[places]
-        began = time.perf_counter()
-        chosen = self._sample(choosing, logits)
-        self._statistics.sampling_seconds += time.perf_counter() - began
-        now = time.monotonic()
-        for entry, sampled in chosen:
-            try:
-                if sampled.error is not None:
-                    raise MtnlgError(sampled.error)
-                self._take(entry, sampled, now)
-            except Exception as error:
-                self._fail(entry, error)
+        step = 0
+        while choosing:  # once, and once more for those whose guess was right
+            asked = logits if len(places) == len(logits) else logits[[place + step for place in places]]
+            chosen = self._sample(choosing, asked, step)
+            going_on = [
+                number
+                for number, (share, sampled) in enumerate(zip(choosing, chosen))
+                if sampled is not None and self._take_or_fail(share, sampled, step)
+            ]
+            choosing = [choosing[number] for number in going_on]
+            places = [places[number] for number in going_on]
+            step += 1
 
-    def _sample(self, shares: Sequence[Share], logits: Tensor) -> list[tuple[Running, Sampled]]:
-        entries = [share.entry for share in shares]
+    def _sample(self, shares: Sequence[Share], logits: Tensor, step: int) -> Sequence[Sampled | None]:
+        """A token for each, ``None`` where its request has ended with an error."""
+        began = time.perf_counter()
         try:
-            return list(zip(entries, sample(logits, [entry.state for entry in entries]), strict=True))
+            return sample(logits, [share.entry.state for share in shares])
         except Exception as error:
             if len(shares) == 1:
-                self._fail(entries[0], error)
-                return []
-        return self._sample_one_by_one(shares)
+                self._fail(shares[0].entry, error)
+                return [None]
+        finally:
+            self._statistics.sampling_seconds += time.perf_counter() - began
+        return [self._sample_alone(share, step) for share in shares]
 
-    def _sample_one_by_one(self, shares: Sequence[Share]) -> list[tuple[Running, Sampled]]:
+    def _sample_alone(self, share: Share, step: int) -> Sampled | None:
         """Find whose fault it was: the others get their token.
 
         The sampler may have written over the logits, so the model runs again; it writes the same keys
         and values to the same places.
         """
-        chosen = []
-        for share in shares:
-            row = share.row
-            try:
-                logits = self._runner.run([Row(row.ids, row.start, row.pages, 1)])
-                chosen.append((share.entry, sample(logits, [share.entry.state])[0]))
-            except Exception as error:
-                self._fail(share.entry, error)
-        return chosen
+        row, count = share.row, len(share.draft) + 1
+        try:
+            logits = self._runner.run([Row(row.ids, row.start, row.pages, count)])
+            return sample(logits[step : step + 1], [share.entry.state])[0]
+        except Exception as error:
+            self._fail(share.entry, error)
+            return None
+
+    def _take_or_fail(self, share: Share, sampled: Sampled, step: int) -> bool:
+        """File a token; returns whether the next one is known already, because it was guessed."""
+        entry = share.entry
+        try:
+            if sampled.error is not None:
+                raise MtnlgError(sampled.error)
+            self._take(entry, sampled)
+        except Exception as error:
+            self._fail(entry, error)
+            return False
+        if step >= len(share.draft):
+            return False
+        self._statistics.drafted_tokens += step == 0 and len(share.draft)
+        if share.draft[step] != sampled.token:
+            return False
+        self._statistics.accepted_tokens += 1
+        if entry.is_running:
+            self._scheduler.advance(entry, 1)
+        return entry.is_running
 
     def _fail(self, entry: Running, error: Exception) -> None:
         if not isinstance(error, MtnlgError):
@@ -176,12 +194,12 @@ class Stepper:
             error = MtnlgError(f"the request failed: {error!r}")
         self._finish(entry, "error", error=error)
 
-    def _take(self, entry: Running, sampled: Sampled, now: float) -> None:
+    def _take(self, entry: Running, sampled: Sampled) -> None:
         """File one new token and see whether it is the last."""
         token, state, stream = sampled.token, entry.state, entry.text
         state.accept(token)
         entry.ids.append(token)
-        self._time(entry, now)
+        self._time(entry)
         reason: FinishReason | None = None
         text = ""
         if token in state.end_ids:
@@ -202,7 +220,8 @@ class Stepper:
             text += stream.finish()
         self._finish(entry, reason, TokenEvent(token, text, sampled.logprobs, reason))
 
-    def _time(self, entry: Running, now: float) -> None:
+    def _time(self, entry: Running) -> None:
+        now = time.monotonic()
         usage, statistics = entry.generation.usage, self._statistics
         statistics.new_tokens += 1
         usage.new_tokens += 1
