@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from mtnlg.generation.dialogue_format import TemplateFormat
 from mtnlg.serving.errors import unknown_model
 from mtnlg.serving.metrics import CONTENT_TYPE
 from mtnlg.serving.state import ServerState, state_of
@@ -36,6 +37,7 @@ def _described(state: ServerState) -> dict[str, Any]:
         "created": backend.created,
         "owned_by": "mtnlg",
         "max_model_len": backend.engine.max_length,
+        "has_chat_template": isinstance(backend.form, TemplateFormat),
     }
 
 
