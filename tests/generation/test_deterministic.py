@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation import Engine, Generation, GenerationRequest, SamplingRules
-from mtnlg.generation.runner import PAGE_SIZE, PlainRunner, Runner, make_runner
+from mtnlg.generation.choose_runner import make_runner
+from mtnlg.generation.runner import PAGE_SIZE, PlainRunner, Runner
 from mtnlg.model import MegatronLmDecoder, initialize_weights
 
 LONGEST = 200

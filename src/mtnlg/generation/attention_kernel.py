@@ -1,0 +1,153 @@
+"""Which form of paged attention runs: compiled, as soon as the compiler is done, or plain until then."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtnlg.generation.paged_attention import PagePool, attend_pages
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """What a compiled kernel is made for; tokens, pages and lengths may be any.
+
+    Args:
+        heads: of keys and values.
+        queries: heads of queries for each.
+        head_size: dimensions.
+        page_size: tokens.
+        dtype: of the model and its cache.
+        device: type of the device.
+    """
+
+    heads: int
+    queries: int
+    head_size: int
+    page_size: int
+    dtype: torch.dtype
+    device: str
+
+
+class AttentionKernel:
+    """Attention of single tokens: :func:`attend_pages`, compiled, or what stands in for it.
+
+    Args:
+        shape: of the model.
+        mode: ``off`` never compiles, ``on`` compiles before the first step, ``auto`` in the
+            background.
+        is_invariant: a token's numbers may never depend on other tokens, nor change when the compiler
+            is done: ``auto`` then compiles before the first step too.
+    """
+
+    def __init__(self, shape: KernelShape, mode: str, is_invariant: bool) -> None:
+        self.shape, self.is_invariant = shape, is_invariant
+        self._kernel: Kernel | None = None
+        if mode == "off":
+            return
+        if mode == "on" or is_invariant:
+            self._compile(is_wanted=mode == "on")
+            return
+        # Nobody waits for it: a program that ends takes the thread with it.
+        threading.Thread(target=self._compile, name="mtnlg-compile", daemon=True).start()
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled kernel is in use."""
+        return self._kernel is not None
+
+    def __call__(self, query: Tensor, pool: PagePool, pages: Tensor, lengths: Tensor) -> Tensor:
+        """See :func:`attend_pages`."""
+        if self._kernel is not None:
+            return self._kernel(query, pool.keys, pool.values, pages, lengths)
+        if self.is_invariant:
+            return attend_in_order(query, pool, pages, lengths)
+        return attend_gathered(query, pool, pages, lengths)
+
+    def _compile(self, is_wanted: bool = False) -> None:
+        try:
+            self._kernel = compiled_kernel(self.shape)
+        except Exception as error:  # whatever the compiler lacks: the plain form gives the same
+            if is_wanted:
+                raise
+            logger.info("attention is not compiled: %s", error)
+
+
+_KERNELS: dict[KernelShape, Kernel] = {}
+_LOCK = threading.Lock()
+
+
+def compiled_kernel(shape: KernelShape) -> Kernel:
+    """:func:`attend_pages` compiled for ``shape``, once in a process; takes seconds the first time.
+
+    Raises:
+        Exception: whatever the compiler finds missing, first of all a C++ compiler.
+    """
+    with _LOCK:
+        if shape not in _KERNELS:
+            _KERNELS[shape] = _compiled(shape)
+        return _KERNELS[shape]
+
+
+@torch.inference_mode()
+def _compiled(shape: KernelShape) -> Kernel:
+    # The compiler files its work under a function's code. Each shape has its own here, so that nothing
+    # needs to be asked at a call: shapes are those of the example below, page numbers from the books.
+    code = attend_pages.__code__.replace(co_name=f"attend_pages_{len(_KERNELS)}")
+    kernel: Kernel = torch.compile(
+        FunctionType(code, attend_pages.__globals__),
+        fullgraph=True,
+        options={
+            "assert_indirect_indexing": False,
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+        },
+    )
+    tokens, pages, pool_pages = 3, 5, 7  # all different: the compiler holds equal sizes for the same one
+    device = torch.device(shape.device)
+    pool = PagePool(pool_pages, shape.page_size, shape.heads, shape.head_size, shape.dtype, device)
+    query = pool.keys.new_zeros(tokens, shape.heads, shape.queries, shape.head_size)
+    table = torch.zeros(tokens, pages, dtype=torch.int64, device=device)
+    lengths = torch.ones(tokens, dtype=torch.int64, device=device)
+    for tensor, axis in (
+        (query, 0),
+        (table, 0),
+        (table, 1),
+        (lengths, 0),
+        (pool.keys, 0),
+        (pool.values, 0),
+    ):
+        torch._dynamo.mark_dynamic(tensor, axis)
+    kernel(query, pool.keys, pool.values, table, lengths)
+    return kernel
+
+
+def attend_gathered(query: Tensor, pool: PagePool, pages: Tensor, lengths: Tensor) -> Tensor:
+    """The same through torch's own kernel, over copies of the pages."""
+    keys = pool.keys[pages].permute(0, 2, 1, 4, 3).flatten(2, 3)  # [tokens, heads, keys, head_dim]
+    values = pool.values[pages].permute(0, 2, 1, 4, 3, 5).flatten(4, 5).flatten(2, 3)
+    if query.device.type == "cpu":  # whose kernel takes three times as long for one query in bf16
+        query, keys, values = query.float(), keys.float(), values.float()
+    is_seen = torch.arange(keys.shape[2], device=query.device) < lengths[:, None]
+    found = F.scaled_dot_product_attention(query, keys, values, attn_mask=is_seen[:, None, None])
+    return found.to(pool.keys.dtype)
+
+
+def attend_in_order(query: Tensor, pool: PagePool, pages: Tensor, lengths: Tensor) -> Tensor:
+    """The same, each token by itself and page after page: slow, and blind to its neighbours."""
+    done = []
+    for token, table, length in zip(query, pages, lengths.tolist()):
+        keys, values = pool.read(table[: -(-length // pool.page_size)], length)
+        scores = (token.float()[:, :, None] * keys.float()[:, None]).sum(-1) * token.shape[-1] ** -0.5
+        weights = scores.softmax(dim=-1)  # [heads, queries, keys]
+        done.append((weights[..., None] * values.float()[:, None]).sum(2))
+    return torch.stack(done).to(query.dtype)

@@ -1,0 +1,47 @@
+"""Which runner fits a model, its device and the settings."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from mtnlg.config.generation import EngineConfig
+from mtnlg.generation.fast_runner import FastRunner
+from mtnlg.generation.memory import num_cache_pages
+from mtnlg.generation.prepared import can_prepare
+from mtnlg.generation.runner import PAGE_SIZE, PlainRunner, Runner
+from mtnlg.model import MegatronLmDecoder
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+PREPARED_DTYPES = (torch.float32, torch.bfloat16)
+# Compiling takes a core for some seconds; a smaller model has answered by then.
+WORTH_COMPILING = 5_000_000  # parameters
+
+
+def make_runner(model: MegatronLmDecoder, config: EngineConfig) -> Runner:
+    """The fast runner where the model consists of the usual parts, or the plain one.
+
+    A model whose weights are elsewhere, on other ranks, brings a ``make_runner`` of its own.
+
+    Args:
+        model: the decoder; it is not changed.
+        config: settings.
+
+    Raises:
+        ConfigError: ``cache_gib`` does not hold a page.
+    """
+    make = getattr(model, "make_runner", None)
+    if make is not None:
+        return make(config)
+    parameter = next(model.parameters())
+    dtype = DTYPES.get(config.dtype, parameter.dtype)
+    num_pages = num_cache_pages(model.config, config, PAGE_SIZE, dtype.itemsize, parameter.device)
+    if dtype in PREPARED_DTYPES and can_prepare(model):
+        mode = config.compile
+        if mode == "auto" and model.config.num_parameters < WORTH_COMPILING:
+            mode = "off"
+        return FastRunner(model, num_pages, PAGE_SIZE, dtype, config.deterministic, mode)
+    if dtype != parameter.dtype:
+        model = copy.deepcopy(model).to(dtype)
+    return PlainRunner(model, num_pages)

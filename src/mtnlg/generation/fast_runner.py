@@ -1,0 +1,153 @@
+"""The runner that requests are answered with: all rows of a step at once, over prepared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
+from mtnlg.generation.linears import fewest_rows
+from mtnlg.generation.paged_attention import PagePool
+from mtnlg.generation.prepared import PreparedDecoder
+from mtnlg.generation.runner import PAGE_SIZE, Row
+from mtnlg.generation.step_plan import Piece, StepPlan, plan_step
+from mtnlg.model import MegatronLmDecoder
+
+
+class FastRunner:
+    """Runs all rows of a step through prepared weights (:class:`~mtnlg.generation.runner.Runner`).
+
+    Beside the model it holds a packed copy of its matrices (``weight_bytes``) and the pages.
+
+    Args:
+        model: a decoder that :func:`~mtnlg.generation.prepared.can_prepare` allows.
+        num_pages: pages to hold memory for.
+        page_size: tokens of one.
+        dtype: to compute in; ``None`` is the model's.
+        deterministic: every token's numbers are bit-equal whatever other rows there are, however its
+            prompt was cut, and whether its beginning was computed now or before.
+        compile: ``on``, ``off`` or ``auto`` (:class:`~mtnlg.generation.attention_kernel.AttentionKernel`).
+    """
+
+    def __init__(
+        self,
+        model: MegatronLmDecoder,
+        num_pages: int,
+        page_size: int = PAGE_SIZE,
+        dtype: torch.dtype | None = None,
+        deterministic: bool = False,
+        compile: str = "off",
+    ) -> None:
+        self.model, self.num_pages, self.page_size = model, num_pages, page_size
+        config, parameter = model.config, next(model.parameters())
+        self.vocab_size, self.max_length = config.vocab_size, config.max_position_embeddings
+        self.device, self.dtype = parameter.device, dtype or parameter.dtype
+        self.is_invariant = deterministic
+        self._fewest = fewest_rows(self.device, self.dtype)
+        heads, size = config.key_value_heads, config.head_size
+        self._pools = {
+            int(layer): PagePool(num_pages, page_size, heads, size, self.dtype, self.device)
+            for layer in model.layers
+        }
+        queries = config.num_attention_heads // heads
+        shape = KernelShape(heads, queries, size, page_size, self.dtype, self.device.type)
+        self.kernel = AttentionKernel(shape, compile, deterministic)
+        self.refresh()
+
+    @torch.inference_mode()
+    def refresh(self) -> None:
+        """Prepare the weights again, after they were changed in the model.
+
+        Keys and values that pages hold were computed with the old ones: forget them too.
+        """
+        self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of prepared weights, beside the model's own."""
+        return self._decoder.num_bytes
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """See :class:`~mtnlg.generation.runner.Runner`."""
+        plan, hidden = self._hidden(rows)
+        wanted = [
+            place
+            for row, own in zip(rows, plan.of_rows)
+            for place in own[len(own) - row.num_logits :].tolist()
+        ]
+        if not wanted:
+            return torch.empty(0, self.vocab_size, device=self.device)
+        padded = wanted + [0] * (self._fewest - len(wanted))
+        last = self._decoder.norm(hidden[torch.tensor(padded, device=self.device)])
+        return self._decoder.output(last)[: len(wanted)].float()
+
+    @torch.inference_mode()
+    def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
+        """See :class:`~mtnlg.generation.runner.Runner`."""
+        plan, hidden = self._hidden(rows)
+        normed = self._decoder.norm(hidden)
+        return [normed[torch.from_numpy(own).to(self.device)] for own in plan.of_rows]
+
+    @torch.inference_mode()
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See :class:`~mtnlg.generation.runner.Runner`."""
+        of, to = (torch.tensor(list(pages), device=self.device) for pages in (sources, targets))
+        for pool in self._pools.values():
+            pool.copy(of, to)
+
+    def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
+        plan = plan_step(rows, self.page_size, self._fewest, self.is_invariant, self.device)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return self._attend(plan, self._pools[layer], query, key, value)
+
+        return plan, self._decoder.hidden(plan.ids, plan.positions, attend)
+
+    def _attend(self, plan: StepPlan, pool: PagePool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        new = slice(0, plan.num_tokens)
+        pool.write(key[new], value[new], plan.pages, plan.places)
+        grouped = query.contiguous().unflatten(1, (key.shape[1], -1))
+        context = torch.zeros_like(query)
+        for group in plan.singles:
+            found = self.kernel(grouped[group.tokens], pool, group.pages, group.lengths)
+            context[group.tokens] = found.flatten(1, 2)
+        for piece in plan.pieces:
+            context[piece.tokens] = attend_piece(piece, pool, query, key, value)
+        return context.flatten(1)
+
+
+def attend_piece(piece: Piece, pool: PagePool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of many new tokens of one row.
+
+    Args:
+        piece: which.
+        pool: pages of the layer, that hold their keys and values already.
+        query: [tokens of the step, heads, head_dim].
+        key: [tokens of the step, key_value_heads, head_dim].
+        value: likewise.
+
+    Returns:
+        [tokens of the piece, heads, head_dim]
+    """
+    if piece.start == 0:
+        keys, values = (tensor[piece.tokens].transpose(0, 1) for tensor in (key, value))
+    else:
+        keys, values = pool.read(piece.pages, piece.end)
+    queries = query[piece.tokens].transpose(0, 1)
+    num_new = queries.shape[1]
+    mask = None
+    if piece.start:
+        mask = torch.ones(num_new, piece.end, dtype=torch.bool, device=query.device).tril(piece.start)
+    found = F.scaled_dot_product_attention(
+        queries[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=queries.shape[0] != keys.shape[0],
+    )
+    return found[0].transpose(0, 1)

@@ -1,0 +1,159 @@
+"""How the tokens of a step are laid out: one after the other, those alike beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtnlg.generation.runner import Row
+
+FEWEST_OF_A_PIECE = 16  # new tokens of a row from which on its queries go through attention together
+SMALL_PAGES = 64  # pages read in vain that are not worth a call of their own
+MOST_SINGLES = 128  # tokens of one call, whose attention weights are all held
+
+
+@dataclass
+class Singles:
+    """Tokens that attend each for itself, over pages of similar number.
+
+    Args:
+        tokens: where they stand in the step.
+        pages: [tokens, pages of the longest].
+        lengths: [tokens] keys that each sees, its own included.
+    """
+
+    tokens: slice
+    pages: Tensor
+    lengths: Tensor
+
+
+@dataclass
+class Piece:
+    """Many new tokens of one row, which attend together.
+
+    Args:
+        tokens: where they stand in the step.
+        start: tokens of the row before these.
+        pages: [pages] that hold them all.
+    """
+
+    tokens: slice
+    start: int
+    pages: Tensor
+
+    @property
+    def end(self) -> int:
+        """Tokens of the row, these included."""
+        return self.start + self.tokens.stop - self.tokens.start
+
+
+@dataclass
+class StepPlan:
+    """Where everything of a step is.
+
+    Args:
+        num_tokens: new tokens of all rows; what stands behind them only fills up.
+        ids: [tokens and filling].
+        positions: [tokens and filling].
+        pages: [tokens] page that each is filed in.
+        places: [tokens] place in it.
+        singles: single tokens.
+        pieces: pieces of prompts.
+        of_rows: for each row, where its tokens stand, in order.
+    """
+
+    num_tokens: int
+    ids: Tensor
+    positions: Tensor
+    pages: Tensor
+    places: Tensor
+    singles: list[Singles]
+    pieces: list[Piece]
+    of_rows: list[np.ndarray]
+
+
+def plan_step(
+    rows: Sequence[Row], page_size: int, fewest: int, only_singles: bool, device: torch.device
+) -> StepPlan:
+    """Lay the rows out.
+
+    Args:
+        rows: of the step.
+        page_size: tokens of a page.
+        fewest: rows of zeros fill up to so many tokens.
+        only_singles: every token attends for itself, so that it does not matter how a prompt was cut.
+        device: of the model.
+    """
+    counts = [len(row.ids) for row in rows]
+    is_single = [only_singles or count < FEWEST_OF_A_PIECE for count in counts]
+    ids = np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows])
+    positions = np.concatenate([np.arange(row.start, row.start + len(row.ids)) for row in rows])
+    of_row = np.repeat(np.arange(len(rows)), counts)
+    # Singles first, the longest first; then the pieces, each in its own order.
+    single = np.asarray(is_single)[of_row]
+    order = np.lexsort((np.where(single, -positions, 0), ~single))
+    ids, positions, of_row = ids[order], positions[order], of_row[order]
+    tables = [np.asarray(row.pages, dtype=np.int64) for row in rows]
+    pages = np.fromiter(
+        (tables[row][place] for row, place in zip(of_row, positions // page_size)), np.int64, len(ids)
+    )
+    num_singles = int(single.sum())
+    singles = [
+        _singles(begin, end, of_row, positions, tables, page_size, device)
+        for begin, end in _groups(positions[:num_singles] // page_size + 1)
+    ]
+    pieces, begin = [], num_singles
+    for row, count, alone, table in zip(rows, counts, is_single, tables):
+        if not alone:
+            held = torch.from_numpy(table[: -(-(row.start + count) // page_size)]).to(device)
+            pieces.append(Piece(slice(begin, begin + count), row.start, held))
+            begin += count
+    where = np.empty(len(order), dtype=np.int64)
+    where[order] = np.arange(len(order))
+    filling = np.zeros(max(0, fewest - len(ids)), dtype=np.int64)
+    return StepPlan(
+        len(ids),
+        torch.from_numpy(np.concatenate([ids, filling])).to(device),
+        torch.from_numpy(np.concatenate([positions, filling])).to(device),
+        torch.from_numpy(pages).to(device),
+        torch.from_numpy(positions % page_size).to(device),
+        singles,
+        pieces,
+        np.split(where, np.cumsum(counts)[:-1]),
+    )
+
+
+def _groups(num_pages: np.ndarray) -> list[tuple[int, int]]:
+    """Cut tokens, the longest first, so that few pages are read in vain: [(begin, end)]."""
+    groups, begin = [], 0
+    while begin < len(num_pages):
+        longest = num_pages[begin]
+        short = np.flatnonzero(num_pages[begin:] * 2 < longest)
+        end = min(len(num_pages), begin + MOST_SINGLES)
+        if len(short) and (longest - num_pages[begin + short]).sum() > SMALL_PAGES:
+            end = min(end, begin + int(short[0]))
+        groups.append((begin, end))
+        begin = end
+    return groups
+
+
+def _singles(
+    begin: int,
+    end: int,
+    of_row: np.ndarray,
+    positions: np.ndarray,
+    tables: list[np.ndarray],
+    page_size: int,
+    device: torch.device,
+) -> Singles:
+    longest = int(positions[begin]) // page_size + 1
+    pages = np.zeros((end - begin, longest), dtype=np.int64)
+    for index, (row, position) in enumerate(zip(of_row[begin:end], positions[begin:end])):
+        own = tables[row][: position // page_size + 1]
+        pages[index, : len(own)] = own
+    lengths = torch.from_numpy(positions[begin:end] + 1).to(device)
+    return Singles(slice(begin, end), torch.from_numpy(pages).to(device), lengths)
