@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +32,7 @@ MOST_CANDIDATES = 256  # a larger top-k goes the other way
 SPARE_CANDIDATES = 32  # room for tokens that are tied with the last one kept
 BLOCK_WIDTHS = (64, 8)
 SUM_WIDTH = 256
+LARGEST = 1e30  # stands for infinity where 0 times it must be 0
 HOTTEST_SCALED = 1e30  # what logits / temperature may be without taking the maximum off first
 
 
@@ -38,7 +40,7 @@ def draw_tokens(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
     """Draw a token for each row, by temperature, top-k, top-p, min-p and typical.
 
     Args:
-        logits: float32 [rows, vocab] on the CPU, a finite maximum in each row.
+        logits: float32 [rows, vocab] on the CPU, a finite maximum in each row; may be overwritten.
         states: one for each row, not greedy; each gives at least one random number.
     """
     tokens = [-1] * len(states)
@@ -107,58 +109,62 @@ def most_likely(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _draw_from_all(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    probabilities = _tempered_softmax(logits, [state.rules.temperature for state in states])
-    tokens = _draw_by_blocks(probabilities, [state.uniform() for state in states])
+    scale(logits, [state.rules.temperature for state in states])
+    probabilities = logits.softmax(dim=-1)
+    tokens = draw_by_blocks(probabilities, [state.uniform() for state in states])
     for row, state in enumerate(states):
         if state.rules.truncates:
-            tokens[row] = _draw_until_kept(probabilities[row], tokens[row], state)
+            tokens[row] = _draw_until_kept(probabilities[row], logits[row], tokens[row], state)
     return tokens
 
 
-def _tempered_softmax(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
+def scale(logits: Tensor, temperatures: Sequence[float]) -> None:
+    """Divide each row by its temperature, in place; up to a constant where that would overflow."""
     if all(temperature == 1.0 for temperature in temperatures):
-        return logits.softmax(dim=-1)
-    inverse = torch.tensor([[1.0 / max(temperature, COLDEST)] for temperature in temperatures])
-    highest = logits.amax(dim=-1, keepdim=True)
-    # A row decides for itself, whatever its neighbours need.
-    shift = torch.where((highest * inverse).abs() < HOTTEST_SCALED, 0.0, highest)
-    if bool(shift.any()):
-        logits = logits - shift
-    return (logits * inverse).softmax(dim=-1)
+        return
+    inverse = [1.0 / max(temperature, COLDEST) for temperature in temperatures]
+    highest = logits.amax(dim=-1).tolist()
+    for row, (best, factor) in enumerate(zip(highest, inverse)):
+        if abs(best * factor) > HOTTEST_SCALED:
+            logits[row] -= best
+    is_same = len(set(inverse)) == 1
+    logits.mul_(inverse[0] if is_same else torch.tensor(inverse, dtype=torch.float32)[:, None])
 
 
-def _draw_by_blocks(weights: Tensor, numbers: Sequence[float]) -> list[int]:
+def draw_by_blocks(weights: Tensor, numbers: Sequence[float]) -> list[int]:
     """Inverse transform sampling in two steps: first the block, then the token in it.
 
     Args:
-        weights: float32 [rows, vocab], none negative, some positive in each row.
+        weights: float32 [rows, vocab] on the CPU, none negative, some positive in each row.
         numbers: a random number of [0, 1) for each row.
     """
     vocab = weights.shape[1]
     num_blocks = vocab // SUM_WIDTH
     whole = num_blocks * SUM_WIDTH
-    sums = weights[:, :whole].unflatten(1, (num_blocks, SUM_WIDTH)).sum(dim=-1)
-    sums = torch.cat([sums, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
-    uniforms = torch.tensor(numbers, dtype=torch.float64)
-    cumulative = sums.double().cumsum(dim=-1)
-    thresholds = uniforms[:, None] * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, thresholds, right=True)  # [rows, 1]
-    before = cumulative.gather(1, block) - sums.gather(1, block).double()
-    places = block * SUM_WIDTH + torch.arange(SUM_WIDTH)
-    inside = weights.gather(1, places.clamp(max=vocab - 1)).double()
-    inside = inside.masked_fill(places >= vocab, 0.0).cumsum(dim=-1)
-    # The block's sum was rounded: what is left may not reach the end of the exact one.
-    total = inside[:, -1:]
-    left = (thresholds - before).clamp(min=0.0).minimum(total * (1.0 - 2.0**-32))
-    place = torch.searchsorted(inside, left, right=True)
-    return (block * SUM_WIDTH + place).squeeze(1).tolist()  # type: ignore[no-any-return]
+    sums = np.zeros((len(weights), num_blocks + 1))
+    if num_blocks:
+        blocks = weights[:, :whole].unflatten(1, (num_blocks, SUM_WIDTH))
+        sums[:, :-1] = blocks.sum(dim=-1).numpy()
+    rows = weights.numpy()
+    sums[:, -1] = rows[:, whole:].sum(axis=-1)
+    tokens = []
+    for row, number, cumulative in zip(rows, numbers, sums.cumsum(axis=-1)):
+        threshold = number * cumulative[-1]
+        block = int(cumulative.searchsorted(threshold, side="right"))
+        before = cumulative[block - 1] if block else 0.0
+        inside = row[block * SUM_WIDTH : (block + 1) * SUM_WIDTH].cumsum(dtype=np.float64)
+        # The block's sum was rounded: what is left may not reach the end of the exact one.
+        left = min(threshold - before, inside[-1] * (1.0 - 2.0**-32))
+        tokens.append(block * SUM_WIDTH + int(inside.searchsorted(left, side="right")))
+    return tokens
 
 
-def _draw_until_kept(weights: Tensor, token: int, state: SamplingState) -> int:
+def _draw_until_kept(weights: Tensor, scaled: Tensor, token: int, state: SamplingState) -> int:
     """The token, or others drawn after it until the rules keep one.
 
     Args:
         weights: [vocab] probabilities before truncation.
+        scaled: [vocab] logits that they are the softmax of.
         token: the first draw from them.
         state: the rules, and more random numbers.
     """
@@ -167,7 +173,7 @@ def _draw_until_kept(weights: Tensor, token: int, state: SamplingState) -> int:
     if rules.typical_p < 1.0:
         if rules.top_p < 1.0:
             floor = max(floor, _nucleus_floor(weights, mass))
-        return _draw_typical(at_least(weights, floor), token, state)
+        return _draw_typical(at_least(weights, floor), scaled, token, state)
     while True:
         weight = float(weights[token])
         if weight < floor:
@@ -178,12 +184,13 @@ def _draw_until_kept(weights: Tensor, token: int, state: SamplingState) -> int:
             pool = F.threshold(weights, weight, 0.0)  # what is likelier than the token
             if float(pool.sum()) < mass:
                 return token
-        token = _draw_by_blocks(pool[None], [state.uniform()])[0]
+        token = draw_by_blocks(pool[None], [state.uniform()])[0]
 
 
 def at_least(weights: Tensor, floor: float) -> Tensor:
     """The weights that are not below ``floor``, the others 0."""
-    return F.threshold(weights, math.nextafter(floor, -math.inf), 0.0) if floor > 0 else weights
+    below = float(np.nextafter(np.float32(floor), np.float32(-1.0)))  # threshold() keeps what is above
+    return F.threshold(weights, below, 0.0) if floor > 0 else weights
 
 
 def _floor(weights: Tensor, rules: SamplingRules) -> tuple[float, float]:
@@ -193,7 +200,7 @@ def _floor(weights: Tensor, rules: SamplingRules) -> tuple[float, float]:
         floor = float(most_likely(weights[None], rules.top_k)[0][0, -1])
         total = float(at_least(weights, floor).sum())
     if rules.min_p:
-        floor = max(floor, rules.min_p * float(weights.amax()))
+        floor = max(floor, float(np.float32(rules.min_p * float(weights.amax()))))
     return floor, rules.top_p * total
 
 
@@ -213,12 +220,14 @@ def _nucleus_floor(weights: Tensor, mass: float) -> float:
     return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
 
 
-def _draw_typical(weights: Tensor, token: int, state: SamplingState) -> int:
+def _draw_typical(weights: Tensor, scaled: Tensor, token: int, state: SamplingState) -> int:
     """As :func:`_draw_until_kept`, where the tokens kept are those nearest to the entropy."""
     total = float(weights.sum())
-    logprobs = (weights / total).log()
-    entropy = -float(torch.xlogy(weights, weights / total).sum()) / total
-    distance = (logprobs + entropy).abs()  # infinite where the weight is 0
+    likeliest = int(weights.argmax())
+    constant = float(scaled[likeliest]) - math.log(float(weights[likeliest]) / total)
+    logprobs = (scaled - constant).masked_fill_(weights == 0.0, -LARGEST)
+    entropy = -float(weights.dot(logprobs)) / total
+    distance = logprobs.add_(entropy).abs_()
     mass = state.rules.typical_p * total
     pool = weights
     while True:
@@ -226,4 +235,4 @@ def _draw_typical(weights: Tensor, token: int, state: SamplingState) -> int:
             pool = weights * (distance < distance[token])
             if float(pool.sum()) < mass:
                 return token
-        token = _draw_by_blocks(pool[None], [state.uniform()])[0]
+        token = draw_by_blocks(pool[None], [state.uniform()])[0]

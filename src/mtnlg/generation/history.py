@@ -34,7 +34,8 @@ class TokenCounts:
 
     def accept(self, token: int) -> None:
         """Count a generated token."""
-        self._counts[self._place_of(token)] += 1
+        place = self._place_of(token)  # first, because it may make the arrays larger
+        self._counts[place] += 1
 
     def copy(self) -> TokenCounts:
         """The same counts, to go on from in another way."""

@@ -70,7 +70,8 @@ def _penalise(flat: Tensor, rows: Rows) -> None:
     index = _on(flat, places)
     touched = flat[index]
     if any(rule.repetition_penalty != 1.0 for rule in rules):
-        penalty = of_rows([rule.repetition_penalty for rule in rules])
+        # No further than the inverse of it is a float32 too.
+        penalty = of_rows([min(max(rule.repetition_penalty, 1e-30), 1e30) for rule in rules])
         touched = torch.where(touched < 0, touched * penalty, touched / penalty)
     if any(rule.frequency_penalty or rule.presence_penalty for rule in rules):
         number = _on(flat, np.concatenate([count.counts for count in counts]))
