@@ -35,7 +35,7 @@ class App {
     this.sidebar = new Sidebar(this);
     this.sheet = new SettingsSheet(this);
     this.notice = new Notice({ openSettings: (id) => this.sheet.open(id), begin: () => this.begin() });
-    this.conversation = newConversation(this.settings.mode, this.settings.system);
+    this.conversation = newConversation(this.mode, this.settings.system);
     const piecesOf = (node) => this.conversation.messages[node.closest(".message")?.dataset.id]?.pieces;
     this.alternatives = new Alternatives(byId("messages"), piecesOf, (text) => this.announcer.say(text));
   }
@@ -67,6 +67,7 @@ class App {
       this.notice.show(error, (count) => this.loadModels(count), waits);
     }
     this.drawModels();
+    if (!this.conversation.leaf) this.conversation.mode = this.mode;
     this.draw();
   }
 
@@ -78,6 +79,10 @@ class App {
   /** Whether the model was never trained to chat, as far as the server says. */
   get isBase() {
     return this.models.find(({ id }) => id === this.model)?.has_chat_template === false;
+  }
+
+  get mode() {
+    return this.settings.mode === "auto" ? (this.isBase ? "text" : "chat") : this.settings.mode;
   }
 
   drawModels() {
@@ -150,7 +155,7 @@ class App {
   // -- conversations
 
   begin() {
-    this.conversation = newConversation(this.settings.mode, this.settings.system);
+    this.conversation = newConversation(this.mode, this.settings.system);
     history.replaceState(null, "", location.pathname + location.search);
     this.notice.clear();
     this.draw();
@@ -177,7 +182,7 @@ class App {
   async remove(conversation) {
     this.streams.get(conversation.id)?.stop();
     this.conversations = this.conversations.filter((one) => one !== conversation);
-    if (conversation === this.conversation) this.conversation = newConversation(this.settings.mode, this.settings.system);
+    if (conversation === this.conversation) this.conversation = newConversation(this.mode, this.settings.system);
     this.draw();
     await this.store.remove(conversation.id);
   }

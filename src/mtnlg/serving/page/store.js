@@ -10,7 +10,7 @@ export const DEFAULT_SETTINGS = {
   theme: "auto",
   key: "",
   model: "",
-  mode: "chat",
+  mode: "auto", // chat where the model was made for it
   system: "",
   probabilities: true,
   tint: false,

@@ -49,9 +49,9 @@ function probabilityOf(tokens) {
   return Math.exp(tokens.reduce((sum, [, logprob]) => sum + (logprob ?? 0), 0));
 }
 
-/** A token as something to see: spaces and line breaks are drawn. */
+/** A token as something to see: spaces and line breaks are drawn, and a part of a character is its bytes. */
 export function visible(token) {
-  return token.replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
+  return token.replace(/^bytes:/, "").replaceAll(" ", "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
 }
 
 export function percent(logprob) {

@@ -22,9 +22,9 @@ export class View {
   /** Draw the branch that the conversation shows. */
   show(conversation, { settings, isStreaming, model }) {
     this.context = { conversation, settings, isStreaming, model };
-    const path = conversation ? pathOf(conversation) : [];
+    const path = pathOf(conversation);
     this.drawn.clear();
-    this.list.dataset.mode = conversation?.mode ?? settings.mode;
+    this.list.dataset.mode = conversation.mode;
     this.list.replaceChildren(...path.map((message) => this.article(message)));
     this.list.hidden = path.length === 0;
     this.follow();
