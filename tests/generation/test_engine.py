@@ -20,6 +20,7 @@ from mtnlg.generation import (
     TokenEvent,
 )
 from mtnlg.generation.runner import PlainRunner, Row
+from mtnlg.generation.scheduler import Draft
 
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8], list(range(30)), list(range(20)) + [3] * 5]
 
@@ -543,7 +544,7 @@ class Guesser:
         found = []
         for entry in entries:
             known = [ids for ids in self.answers if ids[: len(entry.ids)] == entry.ids]
-            found.append(known[0][len(entry.ids) :][: self.count] if known else [1, 2, 3])
+            found.append(Draft(known[0][len(entry.ids) :][: self.count] if known else [1, 2, 3]))
         return found
 
     def forget(self, entry):

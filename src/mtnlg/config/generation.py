@@ -8,6 +8,7 @@ from mtnlg.config.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bf16")
 COMPILE_MODES = ("auto", "on", "off")
+SPECULATIONS = ("none", "ngram", "draft")
 GIB = 2**30
 
 
@@ -26,6 +27,11 @@ class EngineConfig:
         dtype: of weights and cache: ``float32``, ``bf16``, or ``auto`` (as the weights are saved).
         deterministic: the same request gives the same tokens whatever else is in the batch, with and
             without the prefix cache.
+        speculation: guess tokens and let the model check several at a time: ``ngram`` guesses that the
+            text goes on as it did after the same few tokens before, ``draft`` asks a small model.
+        num_speculative_tokens: guessed at a time.
+        min_ngram: tokens of the shortest ending that ``ngram`` looks up.
+        max_ngram: of the longest, which it tries first.
         compile: let ``torch.compile`` make kernels: ``auto`` where it helps and a compiler is there.
 
     Raises:
@@ -40,6 +46,10 @@ class EngineConfig:
     dtype: str = "auto"
     deterministic: bool = False
     compile: str = "auto"
+    speculation: str = "none"
+    num_speculative_tokens: int = 4
+    min_ngram: int = 2
+    max_ngram: int = 4
 
     def __post_init__(self) -> None:
         problems = [
@@ -49,10 +59,14 @@ class EngineConfig:
                 ("max_queue_size", 0),
                 ("cache_gib", 0),
                 ("prefill_chunk", 1),
+                ("num_speculative_tokens", 1),
+                ("min_ngram", 1),
+                ("max_ngram", self.min_ngram),
             )
             if not getattr(self, name) >= least
         ]
-        for name, choices in (("dtype", DTYPES), ("compile", COMPILE_MODES)):
+        choices_of = {"dtype": DTYPES, "compile": COMPILE_MODES, "speculation": SPECULATIONS}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 problems.append(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}.")
         if problems:

@@ -80,21 +80,41 @@ class Share:
         entry: whose.
         row: its new tokens, guessed ones at the end.
         draft: the guessed ones.
+        drawn_from: what they were drawn from; see ``Draft``.
     """
 
     entry: Running
     row: Row
     draft: Sequence[int] = ()
+    drawn_from: Sequence[Tensor] = ()
+
+    def guess(self, step: int) -> tuple[int, Tensor] | None:
+        """The guess that comes after ``step`` right ones, where it was drawn at random."""
+        return (self.draft[step], self.drawn_from[step]) if step < len(self.drawn_from) else None
+
+
+@dataclass
+class Draft:
+    """A guess at the next tokens of a sequence.
+
+    Args:
+        tokens: the guessed tokens in order; may be empty.
+        drawn_from: probabilities float32 [vocab] for each token, where it was drawn at random; empty
+            where nothing was left to chance.
+    """
+
+    tokens: Sequence[int] = ()
+    drawn_from: Sequence[Tensor] = ()
 
 
 class Drafter(Protocol):
     """Guesses what comes next, for the model to check in one step: speculative decoding.
 
-    Every token is still chosen from the model's own logits, so guesses change how fast tokens come and
-    not which.
+    Every token is still chosen by the model's own logits, so guesses change how fast tokens come, and
+    neither which is the most likely nor how likely each is.
     """
 
-    def draft(self, entries: Sequence[Running]) -> Sequence[Sequence[int]]:
+    def draft(self, entries: Sequence[Running]) -> Sequence[Draft]:
         """The next tokens of each request (``entry.ids`` so far), none where there is no good guess."""
 
     def forget(self, entry: Running) -> None:
@@ -257,13 +277,13 @@ class Scheduler:
             entry, row = share.entry, share.row
             if not row.num_logits or entry.generation.request.hidden:
                 continue
-            room = min(len(draft), entry.max_length - len(entry.ids) - 1)
+            room = min(len(draft.tokens), entry.max_length - len(entry.ids) - 1)
             missing = self.books.pages_for(len(entry.ids) + room) - len(entry.pages)
             if missing > 0:  # nobody loses a place for a guess
                 entry.pages += self.books.take(missing) or []
                 room = min(room, len(entry.pages) * self.books.page_size - len(entry.ids))
             if room > 0:
-                share.draft = list(draft[:room])
+                share.draft, share.drawn_from = list(draft.tokens[:room]), draft.drawn_from[:room]
                 row.ids, row.num_logits = [*row.ids, *share.draft], room + 1
         return shares
 

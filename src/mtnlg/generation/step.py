@@ -13,8 +13,9 @@ from torch import Tensor
 from mtnlg.config.errors import MtnlgError
 from mtnlg.generation.request import FinishReason, TokenEvent, TokenLogprobs
 from mtnlg.generation.runner import Row, Runner
-from mtnlg.generation.sampler import Sampled, many_logprobs, sample
+from mtnlg.generation.sampler import Sampled, many_logprobs
 from mtnlg.generation.scheduler import Running, Scheduler, Share
+from mtnlg.generation.speculation.verify import sample_drafted
 from mtnlg.generation.statistics import EngineStatistics
 
 LOG = logging.getLogger(__name__)
@@ -145,7 +146,8 @@ class Stepper:
         """A token for each, ``None`` where its request has ended with an error."""
         began = time.perf_counter()
         try:
-            return sample(logits, [share.entry.state for share in shares])
+            states = [share.entry.state for share in shares]
+            return sample_drafted(logits, states, [share.guess(step) for share in shares])
         except Exception as error:
             if len(shares) == 1:
                 self._fail(shares[0].entry, error)
@@ -163,7 +165,7 @@ class Stepper:
         row, count = share.row, len(share.draft) + 1
         try:
             logits = self._runner.run([Row(row.ids, row.start, row.pages, count)])
-            return sample(logits[step : step + 1], [share.entry.state])[0]
+            return sample_drafted(logits[step : step + 1], [share.entry.state], [share.guess(step)])[0]
         except Exception as error:
             self._fail(share.entry, error)
             return None
