@@ -103,21 +103,37 @@ class FastRunner:
         plan = plan_step(rows, self.page_size, self._fewest, self.is_invariant, self.device)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return self._attend(plan, self._pools[layer], query, key, value)
+            return attend_rows(plan, self.kernel, self._pools[layer], query, key, value)
 
         return plan, self._decoder.hidden(plan.ids, plan.positions, attend)
 
-    def _attend(self, plan: StepPlan, pool: PagePool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        new = slice(0, plan.num_tokens)
-        pool.write(key[new], value[new], plan.pages, plan.places)
-        grouped = query.contiguous().unflatten(1, (key.shape[1], -1))
-        context = torch.zeros_like(query)
-        for group in plan.singles:
-            found = self.kernel(grouped[group.tokens], pool, group.pages, group.lengths)
-            context[group.tokens] = found.flatten(1, 2)
-        for piece in plan.pieces:
-            context[piece.tokens] = attend_piece(piece, pool, query, key, value)
-        return context.flatten(1)
+
+def attend_rows(
+    plan: StepPlan, kernel: AttentionKernel, pool: PagePool, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """Attention of all new tokens of a step, each over its own sequence; their keys are filed first.
+
+    Args:
+        plan: where they stand.
+        kernel: for single tokens.
+        pool: pages of the layer.
+        query: [tokens, heads, head_dim].
+        key: [tokens, key_value_heads, head_dim].
+        value: likewise.
+
+    Returns:
+        [tokens, heads * head_dim]
+    """
+    new = slice(0, plan.num_tokens)
+    pool.write(key[new], value[new], plan.pages, plan.places)
+    grouped = query.contiguous().unflatten(1, (key.shape[1], -1))
+    context = torch.zeros_like(query)
+    for group in plan.singles:
+        found = kernel(grouped[group.tokens], pool, group.pages, group.lengths)
+        context[group.tokens] = found.flatten(1, 2)
+    for piece in plan.pieces:
+        context[piece.tokens] = attend_piece(piece, pool, query, key, value)
+    return context.flatten(1)
 
 
 def attend_piece(piece: Piece, pool: PagePool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

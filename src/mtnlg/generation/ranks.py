@@ -22,18 +22,20 @@ from torch import Tensor
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.errors import ConfigError, MtnlgError, RankError
-from mtnlg.config.generation import GIB, EngineConfig
+from mtnlg.config.generation import COMPILE_MODES, GIB, EngineConfig
 from mtnlg.generation.memory import SHARE_OF_DEVICE, device_memory
+from mtnlg.generation.prepared_stage import PreparedStage
 from mtnlg.generation.runner import PAGE_SIZE, Row
 from mtnlg.generation.stage_runner import StageRunner
-from mtnlg.model import MegatronLmDecoder
 from mtnlg.parallel.companions import is_of_connection
-from mtnlg.parallel.inference import ReadWeights, lay_out_for_inference, local_heads
+from mtnlg.parallel.inference import ReadWeights, lay_out_for_inference
 from mtnlg.parallel.mesh import Mesh
 
 CAPACITY = 4096  # numbers of the first message; what does not fit comes in a second one
 TIMEOUT_SECONDS = 300.0  # after which a rank that does not answer is given up
 NOTES_PER_TIMEOUT = 4  # how often rank 0 says that there is nothing to do
+# Compiling takes a core for some seconds; a smaller model has answered by then.
+WORTH_COMPILING = 5_000_000  # parameters
 DTYPES = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -113,27 +115,28 @@ class Share:
     config: MegatronModelConfig
     mesh: Mesh
     read: ReadWeights
-    _decoder: MegatronLmDecoder | None = None
-    _dtype: str = ""
-    _stage: StageRunner | None = None
+    _stage: PreparedStage | None = None
+    _made_for: tuple[str, bool] | None = None
 
+    @torch.inference_mode()
     def set_up(self, engine: EngineConfig) -> StageRunner:
         """Load the weights, unless they are there, and make pages; every rank calls this."""
-        if self._stage is not None:
-            self._stage.close()
-        if self._decoder is None or self._dtype != engine.dtype:
-            self._decoder = None  # before the next comes into memory
-            self._decoder = lay_out_for_inference(self.config, self.mesh, self.read, DTYPES[engine.dtype])
-            self._dtype = engine.dtype
-        num_pages = self._agreed_pages(self._decoder, engine)
-        self._stage = StageRunner(self._decoder, self.mesh, num_pages, PAGE_SIZE, engine.deterministic)
-        return self._stage
+        made_for = (engine.dtype, engine.deterministic)
+        if self._stage is None or self._made_for != made_for:
+            self._stage = None  # before the next comes into memory
+            decoder = lay_out_for_inference(self.config, self.mesh, self.read, DTYPES[engine.dtype])
+            self._stage = PreparedStage(decoder, self.mesh, engine.deterministic)
+            self._made_for = made_for
+        num_pages = self._agreed_pages(self._stage, engine)
+        mode = engine.compile
+        if mode == "auto" and self.config.num_parameters < WORTH_COMPILING:
+            mode = "off"
+        return StageRunner(self._stage, self.mesh, num_pages, PAGE_SIZE, engine.deterministic, mode)
 
-    def _agreed_pages(self, decoder: MegatronLmDecoder, engine: EngineConfig) -> int:
+    def _agreed_pages(self, stage: PreparedStage, engine: EngineConfig) -> int:
         """Pages that fit into every rank's memory; ``cache_gib`` counts for each rank."""
-        heads, size = local_heads(decoder), self.config.head_size
-        item = next(decoder.parameters()).element_size()
-        page_bytes = max(1, 2 * len(decoder.layers) * heads * size * PAGE_SIZE * item)
+        token_bytes = 2 * len(stage.layers) * stage.num_heads * self.config.head_size * stage.dtype.itemsize
+        page_bytes = max(1, token_bytes * PAGE_SIZE)
         if engine.cache_gib:
             pages = int(engine.cache_gib * GIB) // page_bytes
         else:
@@ -167,8 +170,6 @@ class RankRunner:
         RankError: a rank could not load its share.
     """
 
-    is_invariant = False
-
     def __init__(
         self,
         share: Share,
@@ -184,6 +185,7 @@ class RankRunner:
         self.failure: BaseException | None = None
         with self._leading(Command.SET_UP, _pack_engine(engine)):
             self._stage = share.set_up(engine)
+        self.is_invariant = engine.deterministic
         self.num_pages, self.page_size = self._stage.num_pages, self._stage.page_size
         self.vocab_size, self.max_length = share.config.vocab_size, share.config.max_position_embeddings
         threading.Thread(target=self._say_that_we_live, daemon=True).start()
@@ -303,15 +305,17 @@ def _follow(share: Share, commands: Commands) -> None:
 
 def _pack_engine(engine: EngineConfig) -> list[int]:
     kib = int(engine.cache_gib * 2**20)
-    return [engine.max_batch_size, kib, list(DTYPES).index(engine.dtype), int(engine.deterministic)]
+    choices = [list(DTYPES).index(engine.dtype), COMPILE_MODES.index(engine.compile)]
+    return [engine.max_batch_size, kib, *choices, int(engine.deterministic)]
 
 
 def _unpack_engine(numbers: Sequence[int]) -> EngineConfig:
-    batch, kib, dtype, deterministic = numbers
+    batch, kib, dtype, mode, deterministic = numbers
     return EngineConfig(
         max_batch_size=batch,
         cache_gib=kib / 2**20,
         dtype=list(DTYPES)[dtype],
+        compile=COMPILE_MODES[mode],
         deterministic=bool(deterministic),
     )
 
