@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,9 @@ import torch
 
 from mtnlg import MegatronLmModel, MegatronModelConfig, Tokenizer
 from mtnlg.config import CheckpointError, ConfigError, DataConfig, LayoutConfig, RunConfig
+from mtnlg.config.generation import EngineConfig
 from mtnlg.config.load import save_run_config
+from mtnlg.generation import GenerationRequest
 from mtnlg.parallel.mesh import build_mesh
 from mtnlg.training.checkpoints import save_checkpoint
 
@@ -168,6 +173,134 @@ def test_text_without_a_tokenizer_is_refused():
 def test_a_tensor_of_floats_is_refused(model):
     with pytest.raises(ConfigError, match="float32"):
         model.generate(torch.zeros(1, 3))
+
+
+def test_several_continuations_of_each_prompt(model):
+    found = model.generate([PROMPT, "The"], max_new_tokens=6, temperature=2.0, seed=3, n=3)
+    assert [len(several) for several in found] == [3, 3]
+    assert len(set(found[0])) > 1 and all(text.startswith("The") for text in found[1])
+    alone = model.generate(PROMPT, max_new_tokens=6, temperature=2.0, seed=3, n=3)
+    assert alone == found[0]
+    assert model.generate(PROMPT, max_new_tokens=6, temperature=2.0, seed=3) == alone[0]
+    assert model.generate([5, 6], max_new_tokens=2, end_ids=[], n=1) == [
+        model.generate([5, 6], max_new_tokens=2, end_ids=[])
+    ]
+    rows = model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, end_ids=[], n=2, temperature=1.0)
+    assert [len(ids) for ids in rows[0]] == [4, 4]
+
+
+def test_the_best_of_several_is_the_likeliest(model):
+    options = dict(max_new_tokens=6, temperature=2.0, seed=3, details=True, end_ids=[])
+    drawn = model.generate([5, 6], n=8, logprobs=0, **options)
+    best = model.generate([5, 6], best_of=8, **options)
+    score = lambda one: sum(token.logprob for token in one.logprobs) / len(one.logprobs)  # noqa: E731
+    assert best.new_ids == max(drawn, key=score).new_ids
+    two = model.generate([5, 6], n=2, best_of=8, **options)
+    assert [one.new_ids for one in two] == [
+        one.new_ids for one in sorted(drawn, key=score, reverse=True)[:2]
+    ]
+
+
+def test_details_have_scores_and_reasons(model, tokenizer):
+    ids = tokenizer.encode(PROMPT)
+    found = model.generate(ids, max_new_tokens=5, end_ids=[], details=True, logprobs=2, prompt_logprobs=0)
+    assert found.ids[: len(ids)] == ids and len(found.new_ids) == 5
+    assert found.finish_reason == "length"
+    assert [len(score.top) for score in found.logprobs] == [2] * 5
+    assert len(found.prompt_logprobs) == len(ids)
+    with torch.no_grad():
+        expected = model(torch.tensor([found.ids])).logits[0].log_softmax(-1)
+    for place, score in enumerate(found.logprobs, start=len(ids)):
+        assert score.logprob == pytest.approx(float(expected[place - 1, found.ids[place]]), abs=1e-4)
+
+
+def test_a_stop_text_ends_it(model):
+    whole = model.generate(PROMPT, max_length=60, temperature=2.0, seed=0)
+    stop = whole[len(PROMPT) + 3 : len(PROMPT) + 5]
+    end = whole.index(stop, len(PROMPT))
+    options = dict(max_length=60, temperature=2.0, seed=0, stop=stop)
+    assert model.generate(PROMPT, **options) == whole[:end]
+    assert model.generate(PROMPT, **options, include_stop=True) == whole[: end + 2]
+
+
+def test_every_sampling_rule_reaches_the_sampler(model):
+    ids = [5, 6, 7]
+    base = model.generate(ids, max_new_tokens=8, end_ids=[])
+    first = base[3]
+    assert model.generate(ids, max_new_tokens=8, end_ids=[], logit_bias={first: float("-inf")})[3] != first
+    assert len(model.generate(ids, max_new_tokens=8, end_ids=[first], min_new_tokens=3)) >= 6
+    repeated = len(set(model.generate([9], max_new_tokens=50, end_ids=[])))
+    for rule in (dict(frequency_penalty=2.0), dict(presence_penalty=2.0), dict(repetition_penalty=5.0)):
+        assert len(set(model.generate([9], max_new_tokens=50, end_ids=[], **rule))) > repeated
+    new = model.generate([5, 6, 5], max_new_tokens=30, end_ids=[], no_repeat_ngram_size=2)
+    assert len({*pairwise(new)}) == len(new) - 1
+    for rule in (dict(min_p=1.0), dict(top_k=1), dict(top_p=1e-9), dict(typical_p=1.0, temperature=0.0)):
+        assert model.generate(ids, max_new_tokens=8, end_ids=[], **rule) == base
+
+
+def test_wrong_options_are_named(model):
+    with pytest.raises(TypeError, match=r"'temprature'.* Did you mean 'temperature'"):
+        model.generate(PROMPT, temprature=1.0)
+    with pytest.raises(ConfigError, match="n is 0"):
+        model.generate(PROMPT, n=0)
+    with pytest.raises(ConfigError, match="best_of is 1"):
+        model.generate(PROMPT, n=2, best_of=1)
+    with pytest.raises(ConfigError, match="logprobs come with details"):
+        model.generate(PROMPT, logprobs=1)
+    with pytest.raises(ConfigError, match="prompt 1: the prompt is empty"):
+        model.generate([[1], []])
+    with pytest.raises(ConfigError, match="temperature is -1"):
+        model.generate(PROMPT, temperature=-1.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.5).step(),
+        lambda model: [parameter.data.mul_(-0.5) for parameter in model.parameters()],
+        lambda model: model.load_state_dict(MegatronLmModel(model.config, seed=5).state_dict()),
+        lambda model: model.load_state_dict(
+            MegatronLmModel(model.config, seed=5).state_dict(), assign=True
+        ),
+        lambda model: model.double(),
+        lambda model: model.head.norm.register_forward_hook(lambda _module, _args, out: -out),
+    ],
+    ids=["training", "data", "load", "assign", "dtype", "hook"],
+)
+def test_changed_weights_count_at_once(model, change):
+    ids = list(range(40))  # longer than a page of the prefix cache
+    model.generate(ids, max_new_tokens=3, end_ids=[])
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    change(model)
+    found = model.generate(ids, max_new_tokens=8, end_ids=[])
+    for _ in range(8):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert found == ids
+
+
+def test_later_calls_use_what_earlier_ones_computed(model):
+    ids = list(range(40))
+    options = dict(max_new_tokens=3, end_ids=[], details=True)
+    assert model.generate(ids, **options).usage.cached_tokens == 0
+    assert model.generate([*ids, 7], **options).usage.cached_tokens == 32
+
+
+def test_a_model_that_has_generated_can_be_copied_and_pickled(model):
+    expected = model.generate([5, 6], max_new_tokens=4)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.generate([5, 6], max_new_tokens=4) == expected
+
+
+def test_settings_of_the_engine(model):
+    expected = model.generate([5, 6], max_new_tokens=4)
+    model.engine_config = EngineConfig(deterministic=True, dtype="float32", prefill_chunk=1)
+    assert model.generate([5, 6], max_new_tokens=4) == expected
+    with model.make_engine().start() as engine:
+        request = GenerationRequest([5, 6], max_new_tokens=4, end_ids=[model.tokenizer.end_of_text_id])
+        assert engine.submit(request).result().ids == expected
+        assert engine.embed([5, 6, 7]).shape == (3, 32)
 
 
 # -- files

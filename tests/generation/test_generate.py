@@ -7,6 +7,7 @@ import torch
 
 from mtnlg.config import ConfigError
 from mtnlg.generation import SamplingRules, generate
+from mtnlg.generation.runner import PlainRunner
 
 PROMPTS = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8]]
 FAMILIES = ["gpt", "llama", "no-positions"]
@@ -37,18 +38,19 @@ def test_cache_and_batch_change_nothing(make_model, family, rules):
 
 
 def test_use_cache_of_the_config_is_obeyed(make_model, monkeypatch):
-    made = []
-    original = generate.__globals__["KeyValueCache"].for_model
+    longest = []
 
-    def counted(*args):
-        made.append(args)
-        return original(*args)
+    class Spy(PlainRunner):
+        def run(self, rows):
+            longest.append(max(len(row.ids) for row in rows))
+            return super().run(rows)
 
-    monkeypatch.setattr(generate.__globals__["KeyValueCache"], "for_model", counted)
+    monkeypatch.setattr("mtnlg.generation.engine.make_runner", lambda model, config: Spy(model, 30))
     generate(make_model(use_cache=False), PROMPTS, max_new_tokens=2)
-    assert not made
+    assert longest == [8, 9]
+    longest.clear()
     generate(make_model(use_cache=True), PROMPTS, max_new_tokens=2)
-    assert len(made) == 1
+    assert longest == [8, 1]
 
 
 def test_max_length_counts_the_prompt_and_max_new_tokens_does_not(make_model):
@@ -66,7 +68,7 @@ def test_an_end_token_ends_its_own_row_only(make_model):
     end = free[1][4]  # row 1's fourth new token
     stopped = generate(model, PROMPTS, max_new_tokens=10, end_ids=[end])
     for before, after in zip(free, stopped):
-        new = before[after.num_prompt_tokens :]
+        new = before[after.usage.prompt_tokens :]
         if end in new:
             assert after.new_ids == new[: new.index(end) + 1]
             assert after.finish_reason == "end"
@@ -127,3 +129,23 @@ def test_a_model_without_weights_is_refused(make_model):
 
 def test_no_prompts_give_no_continuations(make_model):
     assert generate(make_model(), []) == []
+
+
+def test_the_wrong_prompt_is_named(make_model):
+    with pytest.raises(ConfigError, match=r"prompt 1: the prompt is empty"):
+        generate(make_model(), [[1], []])
+
+
+def test_more_prompts_than_run_at_once(make_model):
+    model = make_model()
+    prompts = [[number % 67, 3] for number in range(40)]
+    found = ids_of(generate(model, prompts, max_new_tokens=3))
+    assert found[33] == ids_of(generate(model, prompts[33:34], max_new_tokens=3))[0]
+
+
+def test_whoever_listens_may_stop_it(make_model):
+    def listen(row, token):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(make_model(), PROMPTS, max_new_tokens=4, on_token=listen)

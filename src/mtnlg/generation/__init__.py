@@ -1,9 +1,8 @@
 """From logits to sequences: sampling rules, the key-value cache, the loop, streamed text."""
 
-from mtnlg.generation.cache import KeyValueCache
 from mtnlg.generation.distribution import choose_tokens, token_probabilities
 from mtnlg.generation.engine import Engine, EngineClosedError, QueueFullError
-from mtnlg.generation.generate import Continuation, generate, next_logits
+from mtnlg.generation.generate import generate, run_together
 from mtnlg.generation.request import (
     Generation,
     GenerationRequest,
@@ -16,7 +15,6 @@ from mtnlg.generation.statistics import EngineStatistics, Histogram
 from mtnlg.generation.text import IncrementalDecoder, TextStream, continuation_text
 
 __all__ = [
-    "Continuation",
     "Engine",
     "EngineClosedError",
     "EngineStatistics",
@@ -25,7 +23,6 @@ __all__ = [
     "GenerationUsage",
     "Histogram",
     "IncrementalDecoder",
-    "KeyValueCache",
     "QueueFullError",
     "SamplingRules",
     "TextStream",
@@ -34,6 +31,6 @@ __all__ = [
     "choose_tokens",
     "continuation_text",
     "generate",
-    "next_logits",
+    "run_together",
     "token_probabilities",
 ]

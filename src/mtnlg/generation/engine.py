@@ -27,6 +27,7 @@ from mtnlg.generation.request import FinishReason, Generation, GenerationRequest
 from mtnlg.generation.runner import Runner
 from mtnlg.generation.sampler import SamplingState
 from mtnlg.generation.scheduler import Drafter, Running, Scheduler
+from mtnlg.generation.speculation import make_drafter
 from mtnlg.generation.statistics import EngineStatistics
 from mtnlg.generation.step import Stepper
 from mtnlg.generation.text import TextStream
@@ -57,7 +58,9 @@ class Engine:
         decode: ids to text, for ``text`` and stop strings; ``None`` gives ids only.
         config: settings.
         runner: runs the model; ``None`` makes one that fits the model and the settings.
-        drafter: guesses tokens that the model then checks several at a time.
+        drafter: guesses tokens that the model then checks several at a time; ``None`` makes the one that
+            ``config.speculation`` names.
+        draft_model: the small model that guesses, for ``config.speculation == "draft"``.
         use_cache: keep keys and values; ``None`` is the model's config's.
 
     Raises:
@@ -71,6 +74,7 @@ class Engine:
         config: EngineConfig | None = None,
         runner: Runner | None = None,
         drafter: Drafter | None = None,
+        draft_model: MegatronLmDecoder | None = None,
         use_cache: bool | None = None,
     ) -> None:
         self.decode = decode
@@ -86,7 +90,7 @@ class Engine:
             self.config.prefix_cache,
             PIECE if self.config.deterministic and not runner.is_invariant else None,
             model.config.use_cache if use_cache is None else use_cache,
-            drafter,
+            drafter or make_drafter(self.config, runner.vocab_size, draft_model),
         )
         self._stepper = Stepper(runner, self._scheduler, self.statistics, self._finish)
         self._arrivals: deque[Running] = deque()
@@ -166,9 +170,15 @@ class Engine:
         return generation.hidden
 
     def forget(self) -> None:
-        """Keep nothing of earlier prompts: for weights that have changed. Running requests go on."""
+        """The weights have changed: prepare them anew and keep nothing of earlier prompts.
+
+        Running requests go on, with what was computed for them before.
+        """
         with self._stepping:
             self._scheduler.books.forget()
+            refresh = getattr(self.runner, "refresh", None)  # of runners that keep a copy of the weights
+            if refresh is not None:
+                refresh()
 
     def _cancel(self, generation: Generation) -> None:
         with self._wake:

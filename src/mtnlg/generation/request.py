@@ -170,7 +170,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[TokenEvent]:
         while True:
-            event = self._next_event()
+            event = self.next_event()
             yield event
             if event.finish_reason is not None:
                 if self.error is not None:
@@ -202,7 +202,20 @@ class Generation:
                 self._events.append(event)
                 self._changed.notify_all()
 
-    def _next_event(self) -> TokenEvent:
+    def events_so_far(self) -> list[TokenEvent]:
+        """Events that have come and were not taken yet, without waiting."""
+        with self._changed:
+            events = list(self._events)
+            self._events.clear()
+            return events
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is finished and every event was taken."""
+        return self.is_finished and not self._events
+
+    def next_event(self) -> TokenEvent:
+        """Wait for the next event; there is none after the one with a finish reason."""
         while True:
             with self._changed:
                 if self._events:
