@@ -1,47 +1,14 @@
 """The chat page on the real server with a tiny model: what it sends is understood, what comes is shown."""
 
-import threading
-
 import pytest
-from tests.generation.test_dialogue import TEMPLATES, model, tokenizer
 from tests.serving.browser import Visit, chromium
-
-from mtnlg.config.generation import EngineConfig
-from mtnlg.config.serving import ServerConfig
-from mtnlg.generation.dialogue_format import choose_format
-from mtnlg.serving.backend import Backend
-from mtnlg.serving.lifecycle import Server
-
-CHAT, BASE = "default", "persona"
+from tests.serving.running import BASE, CHAT, Running
 
 
 @pytest.fixture(scope="module")
 def browser():
     with chromium() as found:
         yield found
-
-
-class Running:
-    """``mtnlg serve`` in a thread, with a model that knows nothing."""
-
-    def __init__(self, style, **settings):
-        words = tokenizer(TEMPLATES[style])
-        form = choose_format(words)
-        config = EngineConfig(max_batch_size=4, compile="off")
-        self.server = Server(
-            ServerConfig(port=0, drain_timeout_seconds=0, log_format="json", **settings),
-            lambda: Backend.of_model(model(512), words, "tiny", form, config),
-        )
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.stop()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
