@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mtnlg.generation.sampler import SamplingState, sample
-from mtnlg.generation.sampling import SamplingRules, derived_seed, row_generators
+from mtnlg.generation.sampling import SamplingRules, row_generators
 
 LENGTH = 512  # tokens of each sequence
 RULES: dict[str, dict[str, Any]] = {
@@ -84,7 +84,7 @@ def make_states(options: dict[str, Any], rows: int, vocab: int) -> list[Sampling
     logprobs = options.pop("logprobs", None)
     rules = SamplingRules(**options, seed=1)
     prompts = torch.randint(vocab, (rows, LENGTH), generator=torch.Generator().manual_seed(2)).tolist()
-    generators = [row_generators(derived_seed(1, row), 1)[0] for row in range(rows)]
+    generators = row_generators(1, rows)
     states = [
         SamplingState(rules, prompt[: LENGTH // 2], generator, num_logprobs=logprobs)
         for prompt, generator in zip(prompts, generators)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from mtnlg.generation import SamplingRules
 from mtnlg.generation.draws import draw_by_blocks, most_likely
 from mtnlg.generation.sampler import SamplingState, distributions, sample, token_logprobs
-from mtnlg.generation.sampling import derived_seed, row_generators
+from mtnlg.generation.sampling import row_generators, stream_of
 
 
 def make_state(rules: SamplingRules, row: int = 0, **fields) -> SamplingState:
-    return SamplingState(rules, [1, 2, 3], row_generators(derived_seed(7, row), 1)[0], **fields)
+    return SamplingState(rules, [1, 2, 3], stream_of(7, row), **fields)
 
 
 def logits_of(seed: int, rows: int, vocab: int, scale: float = 2.0) -> torch.Tensor:
@@ -153,10 +153,10 @@ def test_the_stream_goes_on_and_the_seed_decides():
     assert draw(None) != draw(None)
 
 
-def test_derived_seeds_differ_and_the_first_is_the_seed_itself():
-    seeds = [derived_seed(5, index) for index in range(100)]
-    assert seeds[0] == 5 and len(set(seeds)) == 100 and derived_seed(6, 1) not in seeds
-    assert derived_seed(None, 3) is None
+def test_streams_differ_and_do_not_depend_on_how_many_there_are():
+    first = [torch.rand(1, generator=stream_of(5, number)).item() for number in range(100)]
+    assert len(set(first)) == 100
+    assert first[7] == torch.rand(1, generator=row_generators(5, 9)[7]).item()
 
 
 # -- errors

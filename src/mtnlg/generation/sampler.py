@@ -22,7 +22,7 @@ from mtnlg.generation.draws import draw_tokens, most_likely
 from mtnlg.generation.history import NgramHistory, TokenCounts
 from mtnlg.generation.penalties import edit_scores
 from mtnlg.generation.request import GenerationRequest, TokenLogprobs
-from mtnlg.generation.sampling import SamplingRules, row_generators
+from mtnlg.generation.sampling import SamplingRules, stream_of
 
 NOTHING_LEFT = (
     "the request's rules leave no token to go on with: its constraint, logit_bias, "
@@ -78,7 +78,7 @@ class SamplingState:
         return cls(
             request.rules,
             request.prompt_ids,
-            row_generators(request.rules.seed, request.stream + 1)[-1],
+            stream_of(request.rules.seed, request.stream),
             request.end_ids,
             request.min_new_tokens,
             None if request.constraint is None else request.constraint.start(),

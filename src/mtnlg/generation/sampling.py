@@ -87,18 +87,6 @@ class SamplingRules:
         """Whether a rule leaves tokens out of the draw by how likely they are."""
         return bool(self.top_k or self.top_p < 1.0 or self.min_p or self.typical_p < 1.0)
 
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """See that ``logit_bias`` names tokens of the vocabulary.
-
-        Raises:
-            ConfigError: it names others.
-        """
-        outside = [token for token, _ in self.logit_bias if token >= vocab_size]
-        if outside:
-            raise ConfigError(
-                f"logit_bias names token {outside[0]}: the vocabulary has 0 to {vocab_size - 1}."
-            )
-
     @classmethod
     def from_options(
         cls,
@@ -187,22 +175,12 @@ def _bias_problems(logit_bias: Sequence[tuple[int, float]]) -> list[str]:
     return problems
 
 
-def derived_seed(seed: int | None, index: int) -> int | None:
-    """The seed of the ``index``-th of several samples (or prompts) that were asked for with one seed.
-
-    The first keeps the seed itself, so that one of many is what one alone would be.
-    """
-    if seed is None or index == 0:
-        return seed
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
-
-
-def row_generators(seed: int | None, num_rows: int) -> list[torch.Generator]:
-    """One CPU random stream for each row, decided by ``(seed, row)`` alone.
+def stream_of(seed: int | None, number: int = 0) -> torch.Generator:
+    """One of a seed's CPU random streams, decided by ``(seed, number)`` alone.
 
     Args:
         seed: any integer that is not negative; ``None`` draws a fresh one.
-        num_rows: number of sequences.
+        number: which stream, so that the rows or samples of one seed differ.
 
     Raises:
         ConfigError: the seed is negative.
@@ -210,8 +188,11 @@ def row_generators(seed: int | None, num_rows: int) -> list[torch.Generator]:
     if seed is not None and seed < 0:
         raise ConfigError(f"seed is {seed}: it must not be negative.")
     entropy = secrets.randbits(64) if seed is None else seed
-    generators = []
-    for row in range(num_rows):
-        state = np.random.SeedSequence([entropy, row]).generate_state(1, np.uint64)[0]
-        generators.append(torch.Generator().manual_seed(int(state >> np.uint64(1))))
-    return generators
+    state = np.random.SeedSequence([entropy, number]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def row_generators(seed: int | None, num_rows: int) -> list[torch.Generator]:
+    """The first ``num_rows`` streams of a seed: see :func:`stream_of`."""
+    seed = secrets.randbits(64) if seed is None else seed
+    return [stream_of(seed, row) for row in range(num_rows)]
