@@ -261,8 +261,11 @@ class Load:
     async def _deadline(self, rng: random.Random) -> None:
         """Gives the server a time to answer in: what there is by then is the answer."""
         good = rng.choice([good for good in self.good if good.body["temperature"] == 0])
-        body = good.body | {"timeout": rng.uniform(0.001, 0.1)}
+        body = good.body | {"timeout": 10 ** rng.uniform(-3, 0.5)}
         answer = await self._post(COMPLETIONS, body)
+        if answer.status_code == 504:  # not even one token
+            self.report.check(answer.json()["error"]["code"] == "timeout", answer.text)
+            return
         self.report.check(answer.status_code == 200, f"deadline: {answer.status_code}: {answer.text}")
         text = answer.json()["choices"][0]["text"]
         self.report.check(good.text.startswith(text), f"deadline: {text!r} of {good.text!r}")
@@ -394,7 +397,8 @@ def main() -> int:
         f"{total} requests in {report.seconds:.0f} s, {report.retries} asked again: {dict(report.counts)}"
     )
     held = [mib for _, mib in report.memory_mib]
-    print(f"memory {held[0]:.0f} to {held[-1]:.0f} MiB, grew {report.growth_mib:.1f} MiB once warm")
+    tenths = " ".join(f"{held[len(held) * tenth // 10]:.0f}" for tenth in range(10))
+    print(f"memory, MiB: {tenths} {held[-1]:.0f}; {report.growth_mib:+.1f} once warm")
     for problem in report.problems[:20]:
         print(f"- {problem}")
     print(f"{len(report.problems)} problems")
