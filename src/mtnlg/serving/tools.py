@@ -17,6 +17,8 @@ from mtnlg.serving.chat_schemas import NamedTool, Tool
 from mtnlg.serving.errors import invalid
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+# As Python's json writes, which is how templates show calls to a model; none to run on for ever.
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def call_grammar(tools: Sequence[Tool]) -> str:
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
+            "x-guidance": SPACES,
         }
         for tool in tools
     ]
