@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import shutil
 import warnings
 from itertools import pairwise
@@ -236,6 +237,58 @@ def test_every_sampling_rule_reaches_the_sampler(model):
     assert len({*pairwise(new)}) == len(new) - 1
     for rule in (dict(min_p=1.0), dict(top_k=1), dict(top_p=1e-9), dict(typical_p=1.0, temperature=0.0)):
         assert model.generate(ids, max_new_tokens=8, end_ids=[], **rule) == base
+
+
+def test_searches(model):
+    ids = [5, 6, 7]
+    options = dict(max_new_tokens=6, end_ids=[])
+    greedy = model.generate(ids, **options)
+    beams = model.generate(ids, num_beams=4, n=3, details=True, **options)
+    assert [len(one.new_ids) for one in beams] == [6, 6, 6]
+    assert beams[0].score >= beams[1].score >= beams[2].score
+
+    @torch.no_grad()
+    def score(row):
+        logprobs = model(torch.tensor([row[:-1]])).logits[0, 2:].log_softmax(-1)
+        return float(logprobs.gather(1, torch.tensor(row[3:])[:, None]).sum())
+
+    assert score(beams[0].ids) >= score(greedy) - 1e-4
+    assert model.generate(ids, num_beams=4, **options) == beams[0].ids
+    assert model.generate(PROMPT, num_beams=2, max_new_tokens=4).startswith(PROMPT)
+    assert model.generate(ids, penalty_alpha=0.0, top_k=4, **options) == greedy
+    assert model.generate(ids, penalty_alpha=0.9, top_k=4, **options) != greedy
+    with pytest.raises(ConfigError, match=r"length_penalty.* needs num_beams above 1"):
+        model.generate(ids, length_penalty=2.0)
+    with pytest.raises(ConfigError, match=r"temperature is 0\.5"):
+        model.generate(ids, num_beams=2, temperature=0.5)
+    with pytest.raises(ConfigError, match="streamer is set"):
+        model.generate(ids, num_beams=2, streamer=print)
+
+
+def test_forms_of_the_continuation(model):
+    pytest.importorskip("llguidance", reason="needs the guided extra")
+    assert model.generate(PROMPT, choice=["yes", "no"])[len(PROMPT) :] in ("yes", "no")
+    assert re.fullmatch(r"[0-9]{3}", model.generate(PROMPT, regex="[0-9]{3}")[len(PROMPT) :])
+    found = model.generate(PROMPT, json_schema={"type": "boolean"}, temperature=1.0, n=2)
+    assert {text[len(PROMPT) :] for text in found} <= {"true", "false"}
+    with pytest.raises(ConfigError, match="regex and choice are given"):
+        model.generate(PROMPT, regex="a", choice=["b"])
+    model.tokenizer = None
+    with pytest.raises(ConfigError, match="regex needs a tokenizer"):
+        model.generate([5], regex="a")
+
+
+@pytest.mark.parametrize("speculation", ["ngram", "draft"])
+def test_guessing_changes_no_token(model, speculation):
+    prompt, options = [5, 6, 7] * 5, dict(max_new_tokens=30, end_ids=[])
+    expected = model.generate(prompt, **options)
+    model.engine_config = EngineConfig(speculation=speculation)
+    if speculation == "draft":
+        with pytest.raises(ConfigError, match="there is no draft model"):
+            model.generate(prompt, **options)
+        model.draft_model = MegatronLmModel(make_config(num_hidden_layers=1)).eval()
+    assert model.generate(prompt, **options) == expected
+    assert model._engine_keeper._engine.statistics.drafted_tokens > 0
 
 
 def test_wrong_options_are_named(model):

@@ -46,6 +46,7 @@ class MegatronLmModel(MegatronLmDecoder):
         # What engines run a model with whose weights are on other ranks; ``None``: they are here.
         self.make_runner: Callable[[EngineConfig], Runner] | None = None
         self.engine_config: EngineConfig | None = None  # of :meth:`generate`; ``None`` is the defaults
+        self.draft_model: MegatronLmDecoder | None = None  # guesses, where ``engine_config`` says so
         self._engine_keeper = EngineKeeper()
         if not self.is_meta:
             initialize_weights(self, config, seed)
@@ -167,7 +168,9 @@ class MegatronLmModel(MegatronLmDecoder):
             ConfigError: an option is out of range, the prompt leaves no room, or there is text and no
                 tokenizer; all that is wrong is named.
         """
-        return answer(self, self.tokenizer, self._engine_keeper, self.engine_config, prompt, options)
+        return answer(
+            self, self.tokenizer, self._engine_keeper, self.engine_config, prompt, options, self.draft_model
+        )
 
     def make_engine(self, config: EngineConfig | None = None) -> Engine:
         """An engine of your own over this model, for many requests at once, streams and embeddings.
@@ -179,7 +182,7 @@ class MegatronLmModel(MegatronLmDecoder):
             ConfigError: the settings do not fit the model or the machine.
         """
         decode = None if self.tokenizer is None else self.tokenizer.decode
-        return Engine(self, decode, config or self.engine_config)
+        return Engine(self, decode, config or self.engine_config, draft_model=self.draft_model)
 
 
 def _check_weights(model: MegatronLmDecoder, weights: dict[str, Tensor], where: str) -> None:

@@ -19,6 +19,7 @@ from mtnlg.generation import (
     SamplingRules,
     TokenEvent,
 )
+from mtnlg.generation.locks import FairLock
 from mtnlg.generation.runner import PlainRunner, Row
 from mtnlg.generation.scheduler import Draft
 
@@ -581,3 +582,39 @@ def test_guesses_change_the_steps_and_not_the_tokens(make_model, rules, num_page
         if known is answers and num_pages == 64:
             assert engine.statistics.steps < plain.statistics.steps / 2
             assert engine.statistics.accepted_tokens == engine.statistics.drafted_tokens > 20
+
+
+def test_a_search_takes_turns_with_running_requests(make_model):
+    model = make_model()
+    with make_engine(model).start() as engine:
+        running = engine.submit(GenerationRequest([5], max_new_tokens=40))
+        for _ in range(10):
+            with engine.exclusively() as (_runner, books):
+                pages = books.take(1)
+                num_steps = engine.statistics.steps
+                assert engine.statistics.steps == num_steps
+                books.give_back(pages)
+        assert running.result().ids == repeated_argmax(model, [5], 40)
+
+
+def test_whoever_waits_for_the_lock_gets_it_next():
+    lock = FairLock()
+    order: list[str] = []
+    is_waiting = threading.Event()
+
+    def guest() -> None:
+        is_waiting.set()
+        with lock:
+            order.append("guest")
+
+    thread = threading.Thread(target=guest)
+    with lock:
+        thread.start()
+        is_waiting.wait()
+        while not lock._queue.locked():
+            pass
+        assert not lock.try_to_enter()
+    with lock:
+        order.append("holder")
+    thread.join()
+    assert order == ["guest", "holder"]

@@ -6,11 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtnlg.config.generation import EngineConfig
+from mtnlg.generation.beam import beam_search
+from mtnlg.generation.contrastive import contrastive_search
+from mtnlg.generation.engine import Engine
 from mtnlg.generation.generate import run_together
 from mtnlg.generation.keeper import EngineKeeper, evaluating
-from mtnlg.generation.options import check_names, num_samples, requests_for
+from mtnlg.generation.options import (
+    check_names,
+    constraint_for,
+    num_samples,
+    requests_for,
+    search_options,
+)
 from mtnlg.generation.prompts import Prompt, Prompts, end_id, start_ids
-from mtnlg.generation.request import Generation, TokenEvent
+from mtnlg.generation.request import Generation, GenerationRequest, TokenEvent
+from mtnlg.generation.samples import best_samples
+from mtnlg.generation.search import SearchOptions
+from mtnlg.generation.text import continuation_text
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.tokens import Tokenizer
 
@@ -22,6 +34,7 @@ def answer(
     config: EngineConfig | None,
     prompt: Prompt,
     options: Mapping[str, Any],
+    draft_model: MegatronLmDecoder | None = None,
 ) -> Any:
     """Continue a prompt.
 
@@ -32,6 +45,7 @@ def answer(
         config: the engine's settings.
         prompt: of any kind.
         options: as :class:`~mtnlg.generation.options.DetailedOptions` says.
+        draft_model: guesses tokens, where the settings say so.
 
     Raises:
         ConfigError: naming what is wrong with the prompt and the options.
@@ -43,18 +57,58 @@ def answer(
     if prompts.texts is not None and tokenizer is not None and options.get("start_of_document", True):
         start = start_ids(tokenizer, model.config.vocab_size)
     rows = [start + row for row in prompts.rows]
-    ends = [end for end in [end_id(tokenizer)] if end is not None and end < model.config.vocab_size]
-    requests = requests_for(rows, options, ends, len(start), drawn)
+    ends = _end_ids(options, tokenizer, model.config.vocab_size)
+    constraint = constraint_for(options, tokenizer, model.config.vocab_size, ends)
+    search = search_options(options, wanted)
+    drawn = 1 if search is not None else drawn
+    requests = requests_for(rows, options, ends, len(start), drawn, constraint)
     decode = None if tokenizer is None else tokenizer.decode
-    engine = keeper.engine(model, decode, config, options.get("use_cache"))
+    engine = keeper.engine(model, decode, config, options.get("use_cache"), draft_model)
     with evaluating(model):
-        found = run_together(engine, requests, _listener(options.get("streamer"), prompts))
+        if search is None:
+            found = run_together(engine, requests, _listener(options, prompts))
+            groups = [found[at : at + drawn] for at in range(0, len(found), drawn)]
+            if options.get("best_of") is not None:
+                groups = [best_samples(group, wanted) for group in groups]
+        else:
+            groups = [search_one(engine, request, search) for request in requests]
     answers = []
-    for number in range(len(rows)):
-        several = _best(found[number * drawn : (number + 1) * drawn], wanted)
+    for number, several in enumerate(groups):
         given = [one if options.get("details") else _plain(prompts, number, one) for one in several]
         answers.append(given if options.get("n") is not None else given[0])
     return prompts.as_given(answers, tokenizer)
+
+
+def search_one(engine: Engine, request: GenerationRequest, options: SearchOptions) -> list[Generation]:
+    """The continuations that a search finds for one prompt, best first, as finished generations.
+
+    Raises:
+        ConfigError: the request asks for what a search cannot do.
+        MtnlgError: the memory for keys and values is too small.
+    """
+    max_length = engine.check(request)
+    if options.penalty_alpha is not None:
+        results = [contrastive_search(engine.exclusively, request, options, max_length)]
+    else:
+        results = beam_search(engine.exclusively, request, options, max_length)
+    found = []
+    for result in results:
+        generation = Generation(request)
+        generation.new_ids, generation.score = list(result.new_ids), result.score
+        generation.usage.new_tokens = len(result.new_ids)
+        generation.finish_reason = result.finish_reason
+        if engine.decode is not None:
+            said = result.new_ids[:-1] if result.finish_reason == "end" else result.new_ids
+            generation.text = continuation_text(engine.decode, request.prompt_ids, said)
+        found.append(generation)
+    return found
+
+
+def _end_ids(options: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    chosen = options.get("end_ids")
+    if chosen is not None:
+        return list(chosen)
+    return [end for end in [end_id(tokenizer)] if end is not None and end < vocab_size]
 
 
 def _plain(prompts: Prompts, number: int, found: Generation) -> str | list[int]:
@@ -64,25 +118,14 @@ def _plain(prompts: Prompts, number: int, found: Generation) -> str | list[int]:
     return prompts.texts[number] + found.text
 
 
-def _best(found: list[Generation], wanted: int) -> list[Generation]:
-    """The likeliest of several continuations by the mean log-probability of their tokens."""
-    if len(found) == wanted:
-        return found
-
-    def score(generation: Generation) -> float:
-        scores = [one.logprob for one in generation.logprobs if one.logprob is not None]
-        return sum(scores) / len(scores) if scores else float("-inf")
-
-    return sorted(found, key=score, reverse=True)[:wanted]
-
-
-def _listener(
-    streamer: Callable[[Any], None] | None, prompts: Prompts
-) -> Callable[[int, TokenEvent], None] | None:
+def _listener(options: Mapping[str, Any], prompts: Prompts) -> Callable[[int, TokenEvent], None] | None:
+    streamer, listener = options.get("streamer"), options.get("listener")
     if streamer is None:
-        return None
+        return listener
 
-    def hear(_number: int, event: TokenEvent) -> None:
+    def hear(number: int, event: TokenEvent) -> None:
+        if listener is not None:
+            listener(number, event)
         if prompts.texts is not None:
             if event.text:
                 streamer(event.text)

@@ -12,8 +12,10 @@ import itertools
 import logging
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from mtnlg.config.errors import MtnlgError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.checks import check_request
 from mtnlg.generation.choose_runner import make_runner
+from mtnlg.generation.locks import FairLock
 from mtnlg.generation.pages import PageBooks
 from mtnlg.generation.request import FinishReason, Generation, GenerationRequest, TokenEvent
 from mtnlg.generation.runner import Runner
@@ -80,6 +83,7 @@ class Engine:
         self.decode = decode
         self.config = config or EngineConfig()
         self.runner = runner = runner or make_runner(model, self.config)
+        drafter = drafter or make_drafter(self.config, runner.vocab_size, draft_model)
         capacity = runner.num_pages * runner.page_size
         self.max_length = min(runner.max_length, capacity)  # of prompt and continuation
         self.statistics = EngineStatistics(cache_capacity=capacity)
@@ -90,8 +94,12 @@ class Engine:
             self.config.prefix_cache,
             PIECE if self.config.deterministic and not runner.is_invariant else None,
             model.config.use_cache if use_cache is None else use_cache,
-            drafter or make_drafter(self.config, runner.vocab_size, draft_model),
+            drafter,
         )
+        if drafter is not None and self._scheduler.drafter is None:
+            warnings.warn(
+                "nothing is guessed: without a cache, or deterministic, it would not pay.", stacklevel=2
+            )
         self._stepper = Stepper(runner, self._scheduler, self.statistics, self._finish)
         self._arrivals: deque[Running] = deque()
         self._given_up: deque[Running] = deque()
@@ -100,7 +108,7 @@ class Engine:
         self._num_present = 0  # requests that have not ended
         self._entries: dict[Generation, Running] = {}
         self._wake = threading.Condition()  # guards what other threads touch; never held in a step's work
-        self._stepping = threading.Lock()
+        self._stepping = FairLock()
         self._thread: threading.Thread | None = None
         self._is_closing = False  # the thread is to stop
         self._refusal: str | None = None  # why nothing is taken in any more
@@ -115,9 +123,7 @@ class Engine:
             QueueFullError: too many are waiting.
             EngineClosedError: the engine takes nothing in any more.
         """
-        max_length = check_request(
-            request, self.runner.vocab_size, self.max_length, self.decode is not None
-        )
+        max_length = self.check(request)
         generation = Generation(request, None if self._thread is not None else self.step, self._cancel)
         if request.prompt_logprobs is not None:
             generation.prompt_logprobs = []
@@ -133,6 +139,14 @@ class Engine:
             self.statistics.waiting = self._num_present - self.statistics.running
             self._wake.notify_all()
         return generation
+
+    def check(self, request: GenerationRequest) -> int:
+        """The total length at which a request would end.
+
+        Raises:
+            ConfigError: it cannot be answered; all that is wrong with it is named.
+        """
+        return check_request(request, self.runner.vocab_size, self.max_length, self.decode is not None)
 
     def _make_entry(self, generation: Generation, max_length: int) -> Running:
         request = generation.request
@@ -180,6 +194,15 @@ class Engine:
             if refresh is not None:
                 refresh()
 
+    @contextmanager
+    def exclusively(self) -> Iterator[tuple[Runner, PageBooks]]:
+        """The runner and its pages, with no step done while this is open: for searches.
+
+        Open it for one run of the model at a time, so that the requests of others go on between.
+        """
+        with self._stepping, torch.inference_mode():
+            yield self.runner, self._scheduler.books
+
     def _cancel(self, generation: Generation) -> None:
         with self._wake:
             entry = self._entries.get(generation)
@@ -187,11 +210,11 @@ class Engine:
                 return
             self._given_up.append(entry)
             self._wake.notify_all()
-        if self._thread is None and self._stepping.acquire(blocking=False):
+        if self._thread is None and self._stepping.try_to_enter():
             try:
                 self._drop_those_given_up()
             finally:
-                self._stepping.release()
+                self._stepping.__exit__()
 
     # -- steps
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mtnlg.config import ConfigError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.engine import Decode, Engine
-from mtnlg.generation.scheduler import Drafter
 from mtnlg.model import MegatronLmDecoder
 
 SAMPLED_WEIGHTS = 8  # numbers of each parameter that are compared
@@ -43,7 +42,7 @@ class EngineKeeper:
         decode: Decode | None,
         config: EngineConfig | None = None,
         use_cache: bool | None = None,
-        drafter: Drafter | None = None,
+        draft_model: MegatronLmDecoder | None = None,
     ) -> Engine:
         """The engine for the model as it is now.
 
@@ -52,21 +51,21 @@ class EngineKeeper:
             decode: ids to text.
             config: settings; the queue has no limit here.
             use_cache: keep keys and values; ``None`` is the config's.
-            drafter: guesses tokens.
+            draft_model: guesses tokens, where the settings say so.
 
         Raises:
             ConfigError: the model has no weights, or the settings do not fit it.
         """
         if _is_meta(model):
             raise ConfigError("the model is on the meta device and has no weights to generate with.")
-        made_for = (_structure(model), _who(decode), config, use_cache, drafter)
+        made_for = (_structure(model), _who(decode), config, use_cache, id(draft_model))
         with self._lock:
             weights = _weights(model)
             engine = self._engine
             if engine is None or not engine.is_alive or made_for != self._made_for:
                 settings = config or EngineConfig()
                 settings = EngineConfig(**{**vars(settings), "max_queue_size": NO_LIMIT})
-                engine = Engine(model, decode, settings, drafter=drafter, use_cache=use_cache)
+                engine = Engine(model, decode, settings, use_cache=use_cache, draft_model=draft_model)
                 self._engine, self._made_for = engine, made_for
             elif self._weights is None or not _is_same(weights, self._weights):
                 engine.forget()

@@ -139,6 +139,7 @@ class Generation:
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self.finish_reason: FinishReason | None = None
         self.error: BaseException | None = None
+        self.score: float | None = None  # what a search chose it by
         self.hidden: Tensor | None = None  # [prompt, hidden] in float32, where it was asked for
         self._drive = drive
         self._cancel = cancel
