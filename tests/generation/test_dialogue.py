@@ -59,7 +59,7 @@ class Asked:
     """An engine that keeps the requests it was given."""
 
     def __init__(self, engine):
-        self.engine, self.requests, self.runner = engine, [], engine.runner
+        self.engine, self.requests, self.max_length = engine, [], engine.max_length
 
     def submit(self, request):
         self.requests.append(request)
@@ -150,7 +150,7 @@ def test_the_engine_finds_the_earlier_turns_in_its_cache():
     dialogue.ask("hello there " * 5).result()
     total = len(engine.requests[0].prompt_ids) + len(dialogue.last_answer.new_ids)
     answer = dialogue.ask("hi").result()
-    page = engine.runner.page_size
+    page = engine.engine.runner.page_size
     assert answer.usage.cached_tokens >= (total - 1) // page * page - page
 
 

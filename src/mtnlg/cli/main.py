@@ -27,6 +27,7 @@ VERBS = {
     "train": "train a model from a recipe",
     "evaluate": "measure a model: perplexity, bits per byte and per character",
     "generate": "continue a text with a model",
+    "chat": "talk with a model in the terminal, or through a pipe",
     "serve": "answer over HTTP: OpenAI's API and a chat page",
 }
 

@@ -153,6 +153,11 @@ class Dialogue:
         if system is not None:
             self.system = system
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._engine.max_length
+
     # -- answers
 
     def ask(self, text: str) -> Answer:
@@ -246,7 +251,7 @@ class Dialogue:
 
     def _new_window(self) -> DialogueWindow:
         ids = DialogueIds(self._tokenizer, self.form)
-        return DialogueWindow(self.form, ids, self._engine.runner.max_length)
+        return DialogueWindow(self.form, ids, self.max_length)
 
     def _answer(self, messages: list[dict[str, Any]]) -> Answer:
         if isinstance(self._chosen_form, PersonaFormat) and self.form is self._chosen_form:

@@ -1,0 +1,161 @@
+"""A chat: reads messages and commands, shows answers; knows nothing of how a terminal works."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from mtnlg.cli.chat_commands import COMMANDS
+from mtnlg.cli.main import describe
+from mtnlg.config.errors import ConfigError, MtnlgError
+
+if TYPE_CHECKING:
+    from mtnlg.cli.chat_input import Reader
+    from mtnlg.cli.chat_screen import Screen
+    from mtnlg.generation.dialogue import Answer, Dialogue
+    from mtnlg.tokens import Tokenizer
+
+
+class ChatSession:
+    """One conversation with a person.
+
+    Args:
+        dialogue: the conversation.
+        tokenizer: of the model.
+        screen: where things are shown.
+        shows_stats: tokens per second after each answer.
+    """
+
+    def __init__(
+        self, dialogue: Dialogue, tokenizer: Tokenizer, screen: Screen, shows_stats: bool = False
+    ) -> None:
+        self.dialogue, self.tokenizer, self.screen = dialogue, tokenizer, screen
+        self.shows_stats = shows_stats
+        self.is_over = False
+        self.can_edit = False  # whether a draft is shown to be edited
+        self.draft = ""  # what the next line begins with, after /edit
+
+    def run(self, reader: Reader) -> None:
+        """Read and answer until the person leaves."""
+        self.can_edit = reader.can_edit
+        while not self.is_over:
+            draft, self.draft = self.draft, ""
+            try:
+                text = reader.read(draft)
+            except KeyboardInterrupt:
+                self.screen.note("(Ctrl-D or /quit leaves)")
+                continue
+            except EOFError:
+                return
+            self.handle(text)
+
+    def handle(self, text: str) -> None:
+        """Do what a line asks for; what goes wrong is shown, and the chat goes on."""
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                self._command(text)
+            elif text.strip():
+                self.show(lambda: self.dialogue.ask(text[1:] if text.startswith("//") else text))
+        except (MtnlgError, OSError) as error:
+            self.screen.error(describe(error))
+        except KeyboardInterrupt:
+            self.screen.note("[stopped]")
+
+    def show(self, ask: Callable[[], Answer]) -> None:
+        """Stream an answer; Ctrl-C stops it and nothing else."""
+        with _CtrlC() as ctrl_c:
+            answer = ask()
+            ctrl_c.call(answer.cancel)
+            for notice in answer.notices:
+                self.screen.note(f"({notice})")
+            self.screen.begin_answer(self._name())
+            for piece in answer:
+                self.screen.piece(piece)
+            self.screen.end_answer(self._remark(answer))
+
+    def save(self, path: str) -> None:
+        """Write the conversation to a file."""
+        from mtnlg.cli.chat_files import write_conversation
+
+        file = write_conversation(path, self.dialogue.messages)
+        self.screen.note(f"saved {len(self.dialogue.messages)} messages: {file}")
+
+    def completions(self, text: str) -> list[str] | None:
+        """What may come at the end of a command line; ``None`` where a file is wanted."""
+        name, space, rest = text.partition(" ")
+        if not space:
+            return [f"/{name}" for name in COMMANDS]
+        command = COMMANDS.get(name[1:])
+        return [] if command is None else command.complete(self, rest)
+
+    def stats(self) -> str:
+        """How fast the last answer came."""
+        answer = self.dialogue.last_answer
+        if answer is None:
+            raise ConfigError("there is no answer yet.")
+        usage = answer.usage
+        seconds = usage.total_seconds - usage.first_token_seconds
+        rate = f"{(usage.new_tokens - 1) / seconds:.1f} tokens/s" if seconds > 0 else "- tokens/s"
+        return (
+            f"{usage.new_tokens} tokens, {rate}, first after {usage.first_token_seconds:.2f} s; prompt "
+            f"{usage.prompt_tokens} tokens ({usage.cached_tokens} remembered) of {self.dialogue.max_length}"
+        )
+
+    def _command(self, text: str) -> None:
+        name, _, rest = text[1:].partition(" ")
+        command = COMMANDS.get(name.lower())
+        if command is None:
+            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+            hint = f"did you mean /{near[0]}?" if near else "/help shows them."
+            raise ConfigError(f"there is no command /{name}: {hint} (A message may begin with //.)")
+        command.run(self, rest.strip())
+
+    def _name(self) -> str:
+        from mtnlg.generation.dialogue_format import PersonaFormat
+
+        form = self.dialogue.form
+        if isinstance(form, PersonaFormat):
+            persona = form.persona(self.dialogue.messages)
+            return f"{persona.name}{persona.colon}"
+        return "Model:"
+
+    def _remark(self, answer: Answer) -> str:
+        remarks = {
+            "cancelled": "stopped",
+            "length": "cut off: /set max_new_tokens allows more",
+            "deadline": "out of time",
+        }
+        parts = [remarks.get(answer.finish_reason or "", "")]
+        if self.shows_stats:
+            parts.append(self.stats())
+        return "; ".join(part for part in parts if part)
+
+
+class _CtrlC:
+    """While this lasts, Ctrl-C calls the given action; before there is one, it raises as ever."""
+
+    def __init__(self) -> None:
+        self._action: Callable[[], None] | None = None
+        self._before: Any = None
+
+    def call(self, action: Callable[[], None]) -> None:
+        """From now on, call ``action``."""
+        self._action = action
+
+    def __enter__(self) -> _CtrlC:
+        if threading.current_thread() is threading.main_thread():  # no other thread gets signals
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self._action is None:
+            raise KeyboardInterrupt
+        self._action()

@@ -1,0 +1,403 @@
+"""``mtnlg chat``: in a real pseudo-terminal, on a dumb one, in a pipe, and its parts."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+
+import pytest
+from tests.cli.chat_models import Terminal, save_model
+
+from mtnlg.cli import main as cli
+from mtnlg.tokens.chat_template import DEFAULT_CHAT_TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("chat"), DEFAULT_CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def terminal():
+    opened = []
+
+    def open_terminal(*words, **environment):
+        opened.append(Terminal(*map(str, words), **environment))
+        return opened[-1]
+
+    yield open_terminal
+    for one in opened:
+        one.close()
+
+
+# -- a real terminal
+
+
+def test_a_conversation_in_a_terminal(base, terminal, tmp_path):
+    state = str(tmp_path / "state")
+    saved = tmp_path / "saved.json"
+    mine = terminal("chat", base, "--max-new-tokens=12", "--seed=3", XDG_STATE_HOME=state)
+    welcome = mine.expect_prompt()
+    assert "4096 positions" in welcome
+    assert "never trained to chat" in welcome
+    assert "Ctrl-C stops an answer" in welcome
+
+    mine.send("hello\x1b\rthere\r")  # Alt+Enter begins a new line
+    mine.expect(r"Assistant: \S")
+    mine.expect_prompt()
+    mine.send("\x1b[200~two\nlines\x1b[201~\r")  # pasted text
+    mine.expect(r"Assistant: \S")
+    mine.expect_prompt()
+
+    mine.send("/sta\t")  # completed
+    mine.expect("/stats")
+    mine.send("\r")
+    mine.expect(r"12 tokens, \d+\.\d tokens/s, first after .* \(\d+ remembered\)\s+of\s+4096")
+    mine.expect_prompt()
+    mine.send("/set temperature 0\r")
+    mine.expect("temperature is 0.0")
+    mine.send("/set temprature 1\r")
+    mine.expect("error: there is no setting 'temprature'")
+    mine.expect_prompt()
+
+    mine.send("/edit\r")  # the last question is in the line again
+    mine.expect("two")
+    mine.send(" more\r")
+    mine.expect(r"Assistant: \S")
+    mine.expect_prompt()
+
+    mine.send("/set max_new_tokens 3500\r")
+    mine.expect_prompt()
+    mine.send("go on\r")
+    mine.expect(r"Assistant: \S+")
+    mine.send("\x03")  # Ctrl-C stops the answer and not the program
+    mine.expect(r"\[stopped\]")
+    mine.expect_prompt()
+    mine.send("half a line\x03")
+    mine.expect("/quit leaves")
+    mine.expect_prompt()
+    mine.send(f"/save {saved}\r")
+    mine.expect("saved 6 messages")
+    mine.expect_prompt()
+    mine.send("\x04")
+    assert mine.wait() == 0
+
+    messages = json.loads(saved.read_text("utf-8"))["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 3
+    assert [m["content"] for m in messages[::2]] == ["hello\nthere", "two\nlines more", "go on"]
+    history = tmp_path / "state" / "mtnlg" / "chat_history"
+    assert "+there" in history.read_text("utf-8")
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+
+
+def test_a_dumb_terminal_gets_plain_lines_and_no_history_on_request(base, terminal, tmp_path):
+    mine = terminal(
+        "chat", base, "--max-new-tokens=5", "--history=false", TERM="dumb", XDG_STATE_HOME=str(tmp_path)
+    )
+    mine.expect("> ")
+    mine.send("hello \\\nthere\n")
+    mine.expect(r"\. ")
+    mine.expect("> ")
+    mine.send("/show\n")
+    mine.expect("You: hello")
+    mine.send("/set max_new_tokens 3900\n")
+    mine.expect("is 3900\n> ")
+    mine.send("more\n")
+    mine.expect(r"more\n\S{9}")
+    mine.send("\x03")
+    mine.expect(r"\[stopped\]")
+    mine.send("/quit\n")
+    assert mine.wait() == 0
+    assert "\x1b" not in mine.seen
+    assert not list(tmp_path.iterdir())
+
+
+# -- a pipe
+
+
+def test_a_pipe_gives_the_answer_and_nothing_else(base):
+    command = [sys.executable, "-m", "mtnlg", "chat", str(base), "--max-new-tokens=8", "--temperature=0"]
+    done = subprocess.run(command, input="hello\nthere\n", capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
+    assert done.stdout.endswith("\n")
+
+
+def pipe(capsys, monkeypatch, text, *words):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    code = cli.main(["chat", *map(str, words), "--max-new-tokens=6", "--seed=1"])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_json_tells_all_of_it(chat, capsys, monkeypatch):
+    code, out, _ = pipe(capsys, monkeypatch, "hello\n", chat, "--json", "--system=be kind")
+    found = json.loads(out)
+    assert code == 0
+    assert found["messages"][:2] == [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "hello"},
+    ]
+    assert found["messages"][2] == found["message"]
+    assert found["finish_reason"] == "length"
+    assert found["usage"]["completion_tokens"] == 6
+
+
+def test_json_in_goes_on_with_a_conversation(chat, capsys, monkeypatch, tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    asked = [*messages, {"role": "user", "content": "c"}]
+    _, out, _ = pipe(capsys, monkeypatch, json.dumps({"messages": asked}), chat, "--json")
+    assert json.loads(out)["messages"][:3] == asked
+    saved, again = tmp_path / "saved.json", tmp_path / "again.json"
+    saved.write_text(json.dumps(messages))
+    _, other, _ = pipe(capsys, monkeypatch, "c", chat, "--json", f"--load={saved}", f"--save={again}")
+    assert json.loads(other)["message"] == json.loads(out)["message"]
+    assert json.loads(again.read_text("utf-8"))["messages"][:3] == asked
+
+
+def test_each_line_is_a_message_where_asked(chat, capsys, monkeypatch):
+    code, out, _ = pipe(capsys, monkeypatch, "a\n\nb\n", chat, "--lines", "--json")
+    first, second = map(json.loads, out.splitlines())
+    assert code == 0
+    assert [m["content"] for m in second["messages"][::2]] == ["a", "b"]
+    assert second["messages"][:2] == first["messages"]
+
+
+def test_a_text_that_only_looks_like_json_is_a_question(chat, capsys, monkeypatch):
+    for text in ("[1, 2]", "{}", "3", "{broken"):
+        _, out, _ = pipe(capsys, monkeypatch, text, chat, "--json")
+        assert json.loads(out)["messages"][0]["content"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("", [], "there is no question"),
+        ("x", ["--policy=forget"], "policy is 'forget'"),
+        ("x", ["--temperature=-1"], "temperature is -1.0"),
+        ("x", ["--persona=pirate"], "there is no persona 'pirate'"),
+        ("x", ["--load=/no/such.json"], "No such file"),
+        ("x", ["--chat-template=no/such.jinja"], "there is no such file"),
+        ("x", ["--persona=poet", "--chat-template={{ x }}"], "not both"),
+        ("x", ["--chat-template={% if %}"], "line 1"),
+        ("x" * 9000, [], "shorten it"),
+        ('{"messages": [{"role": "x", "content": ""}]}', ["--json"], "messages[0].role is 'x'"),
+    ],
+)
+def test_what_is_wrong_is_said(base, capsys, monkeypatch, text, words, message):
+    code, out, err = pipe(capsys, monkeypatch, text, base, *words)
+    assert code == 2
+    assert message in err
+    assert out == ""
+
+
+def test_the_chosen_persona_and_stop_strings_are_obeyed(base, capsys, monkeypatch):
+    _, whole, _ = pipe(capsys, monkeypatch, "hello", base, "--temperature=0")
+    letter = whole.strip()[2]
+    _, out, _ = pipe(capsys, monkeypatch, "hello", base, "--temperature=0", "--stop", letter)
+    assert out.strip() == whole.strip().partition(letter)[0].strip()
+    _, other, _ = pipe(capsys, monkeypatch, "hello", base, "--temperature=0", "--persona=poet-zh")
+    assert other != whole
+
+
+# -- commands, without a terminal
+
+
+class Notebook:
+    """A screen that writes down what it is shown."""
+
+    def __init__(self):
+        self.lines, self.answers = [], []
+
+    def note(self, text):
+        self.lines.append(text)
+
+    def error(self, text):
+        self.lines.append(f"error: {text}")
+
+    def table(self, rows):
+        self.lines += [" ".join(row) for row in rows]
+
+    def message(self, name, text):
+        self.lines.append(f"{name}: {text}")
+
+    def begin_answer(self, name):
+        self.answers.append("")
+
+    def piece(self, text):
+        self.answers[-1] += text
+
+    def end_answer(self, remark=""):
+        self.lines.append(remark)
+
+
+@pytest.fixture
+def session(chat):
+    from mtnlg import MegatronLmModel
+    from mtnlg.cli.chat_session import ChatSession
+    from mtnlg.generation import Engine, SamplingRules
+    from mtnlg.generation.dialogue import Dialogue, DialogueOptions
+    from mtnlg.generation.dialogue_format import choose_format
+
+    model = MegatronLmModel.from_pretrained(chat)
+    engine = Engine(model, model.tokenizer.decode)
+    options = DialogueOptions(SamplingRules(1.0, seed=1), max_new_tokens=6)
+    form = choose_format(model.tokenizer)
+    dialogue = Dialogue(engine, model.tokenizer, form, options=options)
+    return ChatSession(dialogue, model.tokenizer, Notebook())
+
+
+def last(session, text):
+    session.screen.lines.clear()
+    session.handle(text)
+    return "\n".join(session.screen.lines)
+
+
+def test_settings_are_shown_and_changed(session):
+    assert "temperature 1.0" in last(session, "/set")
+    assert last(session, "/set top_k") == "top_k is 0"
+    assert last(session, "/set top-k=5") == "top_k is 5"
+    assert session.dialogue.options.rules.top_k == 5
+    assert last(session, "/set seed none") == "seed is None"
+    assert last(session, "/set policy refuse") == "policy is refuse"
+    assert last(session, "/set max_new_tokens 3") == "max_new_tokens is 3"
+    assert "error: top_p is 7" in last(session, "/set top_p 7")
+    assert "expected a whole number" in last(session, "/set top_k many")
+    assert "choose one of drop" in last(session, "/set policy forget")
+    assert "choose on or off" in last(session, "/set stats maybe")
+    assert session.dialogue.options.rules.top_p == 1.0
+    last(session, "/set stats on")
+    assert re.search(r"cut off.*; 3 tokens, ", last(session, "hello"))
+
+
+def test_commands_work_on_the_conversation(session, tmp_path):
+    assert "no answer yet" in last(session, "/stats")
+    assert "system: be kind" in last(session, "/system be kind")
+    session.handle("hello")
+    session.handle("/retry")
+    assert session.screen.answers[0] != session.screen.answers[1]
+    session.handle("//not a command")
+    assert session.dialogue.messages[-2]["content"] == "/not a command"
+    assert "taken back: /not a command" in last(session, "/undo")
+    session.handle("/edit hello again")
+    assert [m["content"] for m in session.dialogue.messages if m["role"] == "user"] == ["hello again"]
+    assert "cannot show the question again" in last(session, "/edit")
+    file = tmp_path / "deep" / "saved.json"
+    assert str(file) in last(session, f"/save {file}")
+    assert last(session, "/clear") == "a new conversation begins."
+    assert session.dialogue.messages == [{"role": "system", "content": "be kind"}]
+    assert "You: hello again" in last(session, f"/load {file}")
+    assert "system: (nothing)" in last(session, "/system -")
+    assert "name the file" in last(session, "/load")
+    assert "No such file" in last(session, "/load /no/such")
+    file.write_text("{")
+    assert "no saved conversation" in last(session, f"/load {file}")
+    session.handle("/quit")
+    assert session.is_over
+
+
+def test_personas_are_chosen_and_explained(session):
+    assert "own chat template" in last(session, "/persona")
+    assert "model is Poet" in last(session, "/persona poet")
+    session.handle("hello")
+    assert "own chat template" in last(session, "/persona -")
+    assert "there is no persona" in last(session, "/persona pirate")
+
+
+def test_help_and_wrong_commands(session):
+    text = last(session, "/help")
+    assert "/set [name [value]]" in text
+    assert "Alt+Enter" in text
+    assert last(session, "/help undo").startswith("/undo")
+    assert "did you mean /retry?" in last(session, "/rety")
+    assert "/help shows them" in last(session, "/xyzzy")
+    assert last(session, "   ") == ""
+
+
+def test_completions(session):
+    assert "/persona" in session.completions("/p")
+    assert "temperature" in session.completions("/set te")
+    assert session.completions("/set policy ") == ["drop", "summarise", "refuse"]
+    assert "poet-zh" in session.completions("/persona p")
+    assert session.completions("/load x") is None
+    assert session.completions("/xyzzy x") == []
+
+
+# -- screen and keys
+
+
+def test_what_a_model_writes_cannot_command_the_terminal(capsys):
+    from mtnlg.cli.chat_screen import Screen, visible
+
+    Screen().piece("a\x1b[2Jb\x07\r\n\t你👩\u200d👧\x9b\u202e")
+    assert capsys.readouterr().out == "a␛[2Jb␇␍\n\t你👩\u200d👧\ufffd\ufffd"
+    assert visible("\x7f") == "␡"
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_colours_unless_they_are_not_wanted(monkeypatch, capsys, no_color):
+    from mtnlg.cli.chat_screen import RichScreen
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", no_color)
+    screen = RichScreen()
+    screen.begin_answer("Model:")
+    screen.error("[bold]x")
+    screen.table([("[a]", "b")])
+    out = capsys.readouterr().out
+    assert "[bold]x" in out
+    assert "[a]" in out
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", out)) is not bool(no_color)
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ("hello\r", "hello"),
+        ("a\x1b\rb\r", "a\nb"),
+        ("a\n", "a"),  # typed while an answer came
+        ("a\\\rb\r", "a\nb"),
+        ("\x1b[200~a\nb\n\x1b[201~\r", "a\nb\n"),
+    ],
+)
+def test_keys(session, tmp_path, typed, text):
+    from prompt_toolkit.application import create_app_session
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    from mtnlg.cli.chat_input import PromptReader
+
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text(typed)
+        assert PromptReader(session, tmp_path / "history").read() == text
+        keys.send_text("\x04")
+        with pytest.raises(EOFError):
+            PromptReader(session, tmp_path / "history").read()
+
+
+def test_a_history_that_cannot_be_kept_is_said(session, tmp_path, capsys):
+    from mtnlg.cli.chat_input import PromptReader
+
+    (tmp_path / "file").write_text("")
+    PromptReader(session, tmp_path / "file" / "history")
+    assert "what you type is not remembered: " in capsys.readouterr().err
+
+
+def test_where_the_history_is_kept(monkeypatch):
+    from mtnlg.cli.chat_files import history_file
+
+    monkeypatch.setenv("XDG_STATE_HOME", "/a")
+    assert str(history_file()) == os.path.join("/a", "mtnlg", "chat_history")
+    monkeypatch.delenv("XDG_STATE_HOME")
+    assert history_file().parts[-3:-2] == ("state",)
