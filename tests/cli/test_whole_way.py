@@ -89,6 +89,53 @@ def test_generate_streams_what_json_repeats(place, capsys):
     assert first != second
 
 
+def test_samples_are_written_below_each_other(place, capsys):
+    words = ["generate", str(place / "run"), "春", "--max-new-tokens", "9", "--seed", "3", "--samples", "3"]
+    assert main(words) == 0
+    written = capsys.readouterr().out
+    assert main([*words, "--json", "--logprobs", "2"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert written == "".join(record["text"] + "\n" for record in records)
+    assert len(records) == 3
+    for record in records:
+        assert record["finish_reason"] in ("length", "end")
+        assert len(record["logprobs"]) == record["new_tokens"]
+        assert all(len(score["top"]) == 2 and score["logprob"] <= 0 for score in record["logprobs"])
+
+
+def test_every_rule_has_its_option(place, capsys):
+    words = ["generate", str(place / "run"), "春", "--max-new-tokens", "6"]
+    for options in (
+        "--max-length 8 --min-new-tokens 2 --min-p 0.1 --typical-p 0.9 --top-k 5",
+        "--repetition-penalty 1.2 --frequency-penalty 0.5 --presence-penalty 0.5",
+        "--no-repeat-ngram-size 2 --deadline 60 --stop 。 --stop x",
+        '--logit-bias {"300":-5} --best-of 3 --samples 2 --deterministic --dtype float32',
+        "--num-beams 4 --num-beam-groups 2 --diversity-penalty 0.5 --length-penalty 0.8 --samples 2",
+        "--penalty-alpha 0.6 --top-k 4",
+        "--speculation ngram --num-speculative-tokens 3 --greedy",
+    ):
+        assert main([*words, *options.split()]) == 0
+        out, err = capsys.readouterr()
+        count = 2 if "--samples 2" in options else 1
+        assert out.count("春") >= count
+        assert err == ""
+
+
+def test_forms_from_the_command_line(place, capsys, tmp_path):
+    pytest.importorskip("llguidance", reason="needs the guided extra")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [12, 34]}', encoding="utf-8")
+    words = ["generate", str(place / "run"), "春"]
+    for options, allowed in (
+        (["--choice", "江", "--choice", "河"], ("江", "河")),
+        (["--regex", "[ab]"], ("a", "b")),
+        (["--json-schema", str(schema)], ("12", "34")),
+        (["--grammar", 'start: "x" "y"'], ("xy",)),
+    ):
+        assert main([*words, *options]) == 0
+        assert capsys.readouterr().out.strip().removeprefix("春") in allowed
+
+
 def test_greedy_and_temperature_0_are_the_same(place, capsys):
     words = ["generate", str(place / "run"), "江", "--max-new-tokens", "6"]
     texts = []
@@ -113,6 +160,10 @@ def test_a_prompt_from_stdin(place, capsys, monkeypatch):
         (["--samples", "0"], "--samples is 0"),
         (["--device", "tpu"], "choose cpu or cuda"),
         (["--top-p", "3"], "top_p"),
+        (["--logprobs", "3"], "needs --json"),
+        (["--num-beams", "2", "--best-of", "3"], "best_of"),
+        (["--max-new-tokens", "4", "--min-new-tokens", "5"], "min_new_tokens"),
+        (["--prefill-chunk", "0"], "prefill_chunk is 0"),
     ],
 )
 def test_options_out_of_range_are_explained(place, capsys, words, message):
