@@ -51,6 +51,12 @@ class MegatronLmModel(MegatronLmDecoder):
         if not self.is_meta:
             initialize_weights(self, config, seed)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "draft_model":  # a companion and no part of this model: neither counted nor saved
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def is_meta(self) -> bool:
         """Whether the model has shapes only."""

@@ -18,6 +18,10 @@ OPTIONS = (
     ("dtype", str, "float32, bf16, or auto: as the weights are saved"),
     ("deterministic", bool, "the same answer whatever else is in the batch"),
     ("compile", str, "kernels by torch.compile: auto, on or off"),
+    ("speculation", str, "guess tokens and check several at a time: none, ngram or draft"),
+    ("num_speculative_tokens", int, "guessed at a time"),
+    ("min_ngram", int, "tokens of the shortest ending that ngram looks up in the text so far"),
+    ("max_ngram", int, "tokens of the longest"),
 )
 
 
@@ -32,6 +36,8 @@ def add_engine_arguments(parser: ArgumentParser) -> None:
             parser.add_argument(option, action="store_true", help=what)
         else:
             parser.add_argument(option, type=kind, default=default, help=what)
+    what = "small model with the same tokenizer that guesses; means --speculation draft"
+    parser.add_argument("--draft-model", type=str | None, default=None, help=what)
 
 
 def engine_config(arguments: Namespace) -> EngineConfig:

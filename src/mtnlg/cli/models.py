@@ -15,15 +15,17 @@ MODEL_HELP = "a run, a checkpoint, a Hugging Face folder or hub name"
 
 
 def open_model(
-    name_or_path: str, device: str | None = None, ranks: Namespace | None = None
+    name_or_path: str, device: str | None = None, arguments: Namespace | None = None
 ) -> tuple[MegatronLmModel, Tokenizer]:
     """The model and its tokenizer, on the device asked for or the best that is present.
 
     Args:
         name_or_path: MODEL.
         device: ``cpu`` or ``cuda``.
-        ranks: arguments that :func:`~mtnlg.cli.ranks.add_rank_arguments` declared, which may ask for
-            several ranks: the model then has its weights there, and only engines can run it.
+        arguments: what else the command line says. It may ask for several ranks
+            (:func:`~mtnlg.cli.ranks.add_rank_arguments`): the model then has its weights there, and only
+            engines can run it. And it may name a draft model
+            (:func:`~mtnlg.cli.engine_options.add_engine_arguments`).
 
     Raises:
         CheckpointError: nothing loadable is there.
@@ -36,13 +38,16 @@ def open_model(
 
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device is {device!r}: choose cpu or cuda.")
-    if ranks is not None and wants_ranks(ranks):
-        sizes = (ranks.tensor_parallel_size, ranks.pipeline_parallel_size)
+    if arguments is not None and wants_ranks(arguments):
+        sizes = (arguments.tensor_parallel_size, arguments.pipeline_parallel_size)
         model = open_over_ranks(name_or_path, choose_device(device), *sizes)
     else:
         model = MegatronLmModel.from_pretrained(name_or_path, device=choose_device(device))
     if model.tokenizer is None:
         raise ConfigError(f"{name_or_path} holds no tokenizer, so it can neither read nor write text.")
+    draft = getattr(arguments, "draft_model", None)
+    if draft is not None:
+        model.draft_model = MegatronLmModel.from_pretrained(draft, device=choose_device(device))
     return model, model.tokenizer
 
 

@@ -75,7 +75,7 @@ def run(arguments: Namespace) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mtnlg"):
             raise
-        raise ConfigError(f"serving needs {error.name}: pip install 'mtnlg[serve]'.") from error
+        raise ConfigError(f"serving needs {error.name}: pip install 'mtnlg[serve]'") from error
     open_backend = _opener(arguments, config)
     with logging_to(log_format=config.log_format):
         serve(config, open_backend, listener)
@@ -128,7 +128,7 @@ def _opener(arguments: Namespace, config: ServerConfig) -> Callable[[], Backend]
         from mtnlg.generation.dialogue_format import choose_format
         from mtnlg.serving.backend import Backend
 
-        opened, tokenizer = loaded or open_model(arguments.model, arguments.device)
+        opened, tokenizer = loaded or open_model(arguments.model, arguments.device, arguments)
         form = choose_format(tokenizer, arguments.persona, template)
         return Backend.of_model(opened, tokenizer, name, form, engine)
 

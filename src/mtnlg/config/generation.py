@@ -28,7 +28,8 @@ class EngineConfig:
         deterministic: the same request gives the same tokens whatever else is in the batch, with and
             without the prefix cache.
         speculation: guess tokens and let the model check several at a time: ``ngram`` guesses that the
-            text goes on as it did after the same few tokens before, ``draft`` asks a small model.
+            text goes on as it did after the same few tokens before, ``draft`` asks a small model, and so
+            does ``none`` where the model has been given one.
         num_speculative_tokens: guessed at a time.
         min_ngram: tokens of the shortest ending that ``ngram`` looks up.
         max_ngram: of the longest, which it tries first.

@@ -63,7 +63,7 @@ class Engine:
         runner: runs the model; ``None`` makes one that fits the model and the settings.
         drafter: guesses tokens that the model then checks several at a time; ``None`` makes the one that
             ``config.speculation`` names.
-        draft_model: the small model that guesses, for ``config.speculation == "draft"``.
+        draft_model: a small model that guesses; ``None`` is the model's own ``draft_model``, if any.
         use_cache: keep keys and values; ``None`` is the model's config's.
 
     Raises:
@@ -83,6 +83,7 @@ class Engine:
         self.decode = decode
         self.config = config or EngineConfig()
         self.runner = runner = runner or make_runner(model, self.config)
+        draft_model = draft_model or getattr(model, "draft_model", None)
         drafter = drafter or make_drafter(self.config, runner.vocab_size, draft_model)
         capacity = runner.num_pages * runner.page_size
         self.max_length = min(runner.max_length, capacity)  # of prompt and continuation

@@ -10,6 +10,7 @@ from tests.generation.constraints.models import SPARE_IDS, generate, make_engine
 from mtnlg.config import ConfigError
 from mtnlg.config.errors import MtnlgError
 from mtnlg.generation.constraints import constraint_from_options, default_end_ids
+from mtnlg.tokens import Tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -71,7 +72,7 @@ def test_answers_have_the_schema(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"[0-9]{3}-[a-z]{2}", r"(春|夏|秋|冬)天.{2}[。！]", r"^\d+元\p{Han}?$", "é+😀"]
+    "pattern", [r"[0-9]{3}-[a-z]{2}", r"(春|夏|秋|冬)天.{2}[。！]", r"^[0-9]{1,4}元\p{Han}?$", "é+😀"]
 )
 def test_answers_match_the_expression(tokenizer, pattern):
     ends = default_end_ids(tokenizer)
@@ -194,8 +195,10 @@ def test_rules_that_cannot_be_used(kind, value, message):
 
 
 def test_without_an_end_token_one_must_be_named():
+    nameless = Tokenizer(make_tokenizer().definition.replace("<|end", "<|fin"))
     with pytest.raises(ConfigError, match="give end_ids"):
-        compile_rule(make_tokenizer(), "regex", "a", end_ids=[])
+        compile_rule(nameless, "regex", "a")
+    assert takes(nameless, compile_rule(nameless, "regex", "a", end_ids=[3]), "a")
 
 
 def test_a_missing_package_is_named(monkeypatch):

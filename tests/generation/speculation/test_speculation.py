@@ -309,7 +309,7 @@ def test_draft_models_that_do_not_fit(make_model):
     model, other = make_model(), make_model(vocab_size=68)
     with pytest.raises(ConfigError, match="there is no draft model"):
         Engine(model, config=EngineConfig(speculation="draft"))
-    with pytest.raises(ConfigError, match="set it to 'draft'"):
-        Engine(model, draft_model=model)
+    with pytest.raises(ConfigError, match="only one can guess"):
+        Engine(model, config=EngineConfig(speculation="ngram"), draft_model=model)
     with pytest.raises(ConfigError, match="68 tokens and the model 67"):
         Engine(model, config=EngineConfig(speculation="draft"), draft_model=other)

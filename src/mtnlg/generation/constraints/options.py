@@ -32,8 +32,8 @@ def constraint_from_options(
             ``start`` rule) or llama.cpp's GBNF (with a ``root`` rule); for ``choice`` the strings one of
             which it is; for ``verse`` a form (see
             ``VerseForm.from_value``).
-        end_ids: tokens that end a sequence; ``None`` is :func:`default_end_ids`. They are allowed
-            where the rule is complete, and nowhere else.
+        end_ids: tokens that end a sequence; none are :func:`default_end_ids`. They are allowed where
+            the rule is complete, and nowhere else.
 
     Raises:
         ConfigError: the rule cannot be used; the message says what is wrong with it. Or the package
@@ -43,7 +43,7 @@ def constraint_from_options(
 
     if kind not in KINDS:
         raise ConfigError(f"constraint is {kind!r}: choose one of {', '.join(KINDS)}.")
-    ends = tuple(sorted(default_end_ids(tokenizer) if end_ids is None else end_ids))
+    ends = tuple(sorted(end_ids or default_end_ids(tokenizer)))
     if kind == "verse":
         return verse_constraint(tokenizer, vocab_size, value, ends)
     grammars: dict[str, Callable[[Any], str]] = {

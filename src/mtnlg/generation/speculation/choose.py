@@ -14,7 +14,7 @@ from mtnlg.model import MegatronLmDecoder
 def make_drafter(
     config: EngineConfig, vocab_size: int, draft_model: MegatronLmDecoder | None = None
 ) -> Drafter | None:
-    """The drafter that ``config.speculation`` names; ``None`` for none.
+    """The drafter that ``config.speculation`` names, or the draft model where there is one.
 
     Args:
         config: settings; the draft model has memory of its own for its keys and values, by the same
@@ -25,7 +25,9 @@ def make_drafter(
     Raises:
         ConfigError: the settings and the draft model do not fit together.
     """
-    if config.speculation == "draft":
+    if config.speculation == "ngram" and draft_model is not None:
+        raise ConfigError("there is a draft model and speculation is 'ngram': only one can guess.")
+    if config.speculation == "draft" or draft_model is not None:
         if draft_model is None:
             raise ConfigError("speculation is 'draft' and there is no draft model: give one.")
         if draft_model.config.vocab_size != vocab_size:
@@ -35,10 +37,6 @@ def make_drafter(
             )
         runner = make_runner(draft_model, config)
         return ModelDrafter(runner, config.num_speculative_tokens, config.prefill_chunk)
-    if draft_model is not None:
-        raise ConfigError(
-            f"there is a draft model and speculation is {config.speculation!r}: set it to 'draft'."
-        )
     if config.speculation == "ngram":
         return NgramDrafter(config.num_speculative_tokens, config.min_ngram, config.max_ngram)
     return None

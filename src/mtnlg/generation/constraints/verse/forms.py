@@ -26,6 +26,7 @@ TONES = ("relaxed", "strict", "free")
 LAYOUTS = ("marked", "bare")
 REGULATED = {"wujue": (5, 4), "qijue": (7, 4), "wulv": (5, 8), "qilv": (7, 8)}
 _CHINESE_NAMES = {"五绝": "wujue", "七绝": "qijue", "五律": "wulv", "七律": "qilv"}
+_LONG_NAMES = {"五言绝句": "wujue", "七言绝句": "qijue", "五言律诗": "wulv", "七言律诗": "qilv"}
 _MOST_LINES, _MOST_CHARACTERS = 64, 32
 
 _STRICT = {
@@ -162,7 +163,7 @@ class VerseForm:
 
     @classmethod
     def _named(cls, name: str) -> VerseForm:
-        name = _CHINESE_NAMES.get(name, name)
+        name = {**_CHINESE_NAMES, **_LONG_NAMES}.get(name, name)
         if name in REGULATED:
             length, count = REGULATED[name]
             return cls((length,) * count, regulated=True)
