@@ -102,7 +102,9 @@ def test_a_conversation_in_a_terminal(base, terminal, tmp_path):
 
 def test_a_dumb_terminal_gets_plain_lines_and_no_history_on_request(base, terminal, tmp_path):
     mine = terminal(
-        "chat", base, "--max-new-tokens=5", "--history=false", TERM="dumb", XDG_STATE_HOME=str(tmp_path)
+        *("chat", base, "--max-new-tokens=5", "--history=false", "--temperature=0"),
+        TERM="dumb",
+        XDG_STATE_HOME=str(tmp_path),
     )
     mine.expect("> ")
     mine.send("hello \\\nthere\n")
@@ -113,7 +115,7 @@ def test_a_dumb_terminal_gets_plain_lines_and_no_history_on_request(base, termin
     mine.send("/set max_new_tokens 3900\n")
     mine.expect("is 3900\n> ")
     mine.send("more\n")
-    mine.expect(r"more\n\S{9}")
+    mine.expect(r"more\n[^>]")
     mine.send("\x03")
     mine.expect(r"\[stopped\]")
     mine.send("/quit\n")
