@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from tests.docs.commands import PAGES, ROOT, RUN, TINY, blocks, feed, furnish, s
 from mtnlg.cli import main as cli
 
 SHELL_PAGES = [page for page in PAGES if shell_commands(page)]
-PYTHON_PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "docs" / "configuration.md"]
+PYTHON_PAGES = [
+    *(ROOT / name for name in ("README.md", "README.zh-CN.md")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("configuration", "chat", "chat-templates")),
+]
 LARGE_RECIPES = ("mt-nlg-530b", "1t", "gpu")  # read here, too large to run
 
 
@@ -54,6 +58,8 @@ class Trial:
             assert cli.main(words) == 0
         elif verb == "demo":
             cli.verb_parser("demo").read(rest)  # run by tests/cli/test_demo.py
+        elif verb == "chat" and not sys.stdin.getvalue():
+            cli.verb_parser("chat").read(rest)  # a person types: tests/cli/test_chat.py does
         elif verb == "train":
             self._train(rest, with_ranks)
         else:
