@@ -64,7 +64,7 @@ export class Alternatives {
     const { offsetWidth: width, offsetHeight: height } = this.bubble;
     const margin = 8;
     const left = Math.min(Math.max(rect.left + rect.width / 2 - width / 2, margin), innerWidth - width - margin);
-    const isBelow = rect.top < height + 2 * margin;
+    const isBelow = rect.bottom + height + 2 * margin < innerHeight; // over what comes after, not what was read
     this.bubble.style.left = `${Math.max(left, margin)}px`;
     this.bubble.style.top = `${isBelow ? rect.bottom + margin : rect.top - height - margin}px`;
   }
