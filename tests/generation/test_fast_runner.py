@@ -229,7 +229,7 @@ def test_changed_weights_count_after_a_refresh(make_model: MakeModel) -> None:
 def test_without_a_compiler_the_plain_form_answers(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(shape: object) -> None:
+    def missing(*_: object) -> None:
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr("mtnlg.generation.attention_kernel.compiled_kernel", missing)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtnlg.generation.paged_attention import PagePool, attend_pages
+from mtnlg.generation.paged_attention import PagePool, attend_pages, attend_step
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Kernel = Callable[..., Tensor]
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +53,7 @@ class AttentionKernel:
     def __init__(self, shape: KernelShape, mode: str, is_invariant: bool) -> None:
         self.shape, self.is_invariant = shape, is_invariant
         self._kernel: Kernel | None = None
+        self.step: Kernel | None = None  # attend_step, as soon as it is compiled
         if mode == "off":
             return
         if mode == "on" or is_invariant:
@@ -76,58 +77,63 @@ class AttentionKernel:
 
     def _compile(self, is_wanted: bool = False) -> None:
         try:
-            self._kernel = compiled_kernel(self.shape)
+            if not self.is_invariant:
+                self.step = compiled_kernel(attend_step, self.shape)
+            self._kernel = compiled_kernel(attend_pages, self.shape)
         except Exception as error:  # whatever the compiler lacks: the plain form gives the same
             if is_wanted:
                 raise
             logger.info("attention is not compiled: %s", error)
 
 
-_KERNELS: dict[KernelShape, Kernel] = {}
+_KERNELS: dict[tuple[str, KernelShape], Kernel] = {}
 _LOCK = threading.Lock()
 
 
-def compiled_kernel(shape: KernelShape) -> Kernel:
-    """:func:`attend_pages` compiled for ``shape``, once in a process; takes seconds the first time.
+def compiled_kernel(function: Kernel, shape: KernelShape) -> Kernel:
+    """``function`` compiled for ``shape``, once in a process; takes seconds the first time.
 
     Raises:
         Exception: whatever the compiler finds missing, first of all a C++ compiler.
     """
+    assert isinstance(function, FunctionType)
+    key = (function.__name__, shape)
     with _LOCK:
-        if shape not in _KERNELS:
-            _KERNELS[shape] = _compiled(shape)
-        return _KERNELS[shape]
+        if key not in _KERNELS:
+            _KERNELS[key] = _compiled(function, shape)
+        return _KERNELS[key]
 
 
 @torch.inference_mode()
-def _compiled(shape: KernelShape) -> Kernel:
+def _compiled(function: FunctionType, shape: KernelShape) -> Kernel:
     # The compiler files its work under a function's code. Each shape has its own here, so that nothing
     # needs to be asked at a call: shapes are those of the example below, page numbers from the books.
-    code = attend_pages.__code__.replace(co_name=f"attend_pages_{len(_KERNELS)}")
+    code = function.__code__.replace(co_name=f"{function.__name__}_{len(_KERNELS)}")
     kernel: Kernel = torch.compile(
-        FunctionType(code, attend_pages.__globals__),
+        FunctionType(code, function.__globals__),
         fullgraph=True,
         options={
             "assert_indirect_indexing": False,
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
         },
     )
-    tokens, pages, pool_pages = 3, 5, 7  # all different: the compiler holds equal sizes for the same one
+    tokens, pages, pool_pages, filled = 3, 5, 7, 11  # all different: equal sizes are held for the same one
     device = torch.device(shape.device)
     pool = PagePool(pool_pages, shape.page_size, shape.heads, shape.head_size, shape.dtype, device)
-    query = pool.keys.new_zeros(tokens, shape.heads, shape.queries, shape.head_size)
     table = torch.zeros(tokens, pages, dtype=torch.int64, device=device)
     lengths = torch.ones(tokens, dtype=torch.int64, device=device)
-    for tensor, axis in (
-        (query, 0),
-        (table, 0),
-        (table, 1),
-        (lengths, 0),
-        (pool.keys, 0),
-        (pool.values, 0),
-    ):
+    for tensor, axis in ((table, 0), (table, 1), (lengths, 0), (pool.keys, 0), (pool.values, 0)):
         torch._dynamo.mark_dynamic(tensor, axis)
-    kernel(query, pool.keys, pool.values, table, lengths)
+    if function is attend_pages:
+        query = pool.keys.new_zeros(tokens, shape.heads, shape.queries, shape.head_size)
+        torch._dynamo.mark_dynamic(query, 0)
+        kernel(query, pool.keys, pool.values, table, lengths)
+        return kernel
+    projected = pool.keys.new_zeros(filled, shape.heads * (shape.queries + 2) * shape.head_size)
+    new_pages, new_places = torch.zeros(2, tokens, dtype=torch.int64, device=device).unbind()
+    for tensor in (projected, new_pages, new_places):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    kernel(projected, pool.keys, pool.values, new_pages, new_places, table, lengths)
     return kernel
 
 

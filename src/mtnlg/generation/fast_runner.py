@@ -102,31 +102,36 @@ class FastRunner:
     def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
         plan = plan_step(rows, self.page_size, self._fewest, self.is_invariant, self.device)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_rows(plan, self.kernel, self._pools[layer], query, key, value)
+        def attend(layer: int, projected: Tensor) -> Tensor:
+            return attend_rows(plan, self.kernel, self._pools[layer], projected)
 
         return plan, self._decoder.hidden(plan.ids, plan.positions, attend)
 
 
-def attend_rows(
-    plan: StepPlan, kernel: AttentionKernel, pool: PagePool, query: Tensor, key: Tensor, value: Tensor
-) -> Tensor:
+def attend_rows(plan: StepPlan, kernel: AttentionKernel, pool: PagePool, projected: Tensor) -> Tensor:
     """Attention of all new tokens of a step, each over its own sequence; their keys are filed first.
+
+    A model over ranks (:mod:`~mtnlg.generation.stage_runner`) attends with it too.
 
     Args:
         plan: where they stand.
         kernel: for single tokens.
         pool: pages of the layer.
-        query: [tokens, heads, head_dim].
-        key: [tokens, key_value_heads, head_dim].
-        value: likewise.
+        projected: [tokens, (heads + 2 · key_value_heads) · head_dim]: queries, keys, values.
 
     Returns:
-        [tokens, heads * head_dim]
+        [tokens, heads · head_dim]
     """
+    if kernel.step is not None and len(plan.singles) == 1 and not plan.pieces:
+        group, to = plan.singles[0], (plan.pages, plan.places)
+        return kernel.step(projected, pool.keys, pool.values, *to, group.pages, group.lengths)
+    heads, head_size = pool.keys.shape[1:3]
+    parts = projected.unflatten(1, (-1, head_size))
+    query, key, value = parts.split((parts.shape[1] - 2 * heads, heads, heads), dim=1)
     new = slice(0, plan.num_tokens)
     pool.write(key[new], value[new], plan.pages, plan.places)
-    grouped = query.contiguous().unflatten(1, (key.shape[1], -1))
+    query = query.contiguous()
+    grouped = query.unflatten(1, (heads, -1))  # [tokens, key_value_heads, queries, head_dim]
     context = torch.zeros_like(query)
     for group in plan.singles:
         found = kernel(grouped[group.tokens], pool, group.pages, group.lengths)

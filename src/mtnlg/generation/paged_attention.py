@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 VALUE_BLOCK = 16  # dimensions of a value that lie together
@@ -109,6 +110,38 @@ def attend_pages(query: Tensor, keys: Tensor, values: Tensor, pages: Tensor, len
     held = values[pages].permute(2, 0, 3, 1, 4, 5)[:, :, None]
     mixed = (weights * held.float()).sum((4, 5)).flatten(3)
     return (mixed / total[..., None]).permute(1, 0, 2, 3).to(query.dtype)
+
+
+def attend_step(
+    projected: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    new_pages: Tensor,
+    new_places: Tensor,
+    pages: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """File the keys and values of single tokens and attend, all in one.
+
+    Args:
+        projected: [tokens and filling, (heads + 2 · key_value_heads) · head_dim]: queries, keys, values.
+        keys: see :func:`attend_pages`.
+        values: likewise.
+        new_pages: [tokens] pages in which the new tokens are filed.
+        new_places: [tokens] places in them.
+        pages: see :func:`attend_pages`.
+        lengths: likewise.
+
+    Returns:
+        [tokens and filling, heads · head_dim], the filling zero.
+    """
+    heads, size, num_tokens = keys.shape[1], keys.shape[2], pages.shape[0]
+    parts = projected[:num_tokens].unflatten(1, (-1, size))  # [tokens, all heads, head_dim]
+    keys[new_pages, :, :, new_places] = parts[:, -2 * heads : -heads]
+    values[new_pages, :, :, new_places] = parts[:, -heads:].unflatten(2, (-1, values.shape[-1]))
+    query = parts[:, : -2 * heads].unflatten(1, (heads, -1))
+    found = attend_pages(query, keys, values, pages, lengths).flatten(1)
+    return F.pad(found, (0, 0, 0, projected.shape[0] - num_tokens))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,9 +23,9 @@ from mtnlg.model.moe import Experts, MixtureOfExperts, run_here
 from mtnlg.model.positions import Rotation, rotate, rotation_angles
 from mtnlg.model.router import Router
 
-# (layer, query [tokens, heads, head_dim], key [tokens, key_value_heads, head_dim], value like it)
-# → [tokens, heads * head_dim]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, queries, keys and values [tokens, (heads + 2 · key_value_heads) · head_dim])
+# → [tokens, heads · head_dim]
+Attend = Callable[[int, Tensor], Tensor]
 TORCH_MODULES = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.ModuleDict)
 OWN_MODULES = (
     MegatronLmDecoder,
@@ -50,8 +50,10 @@ def can_prepare(model: MegatronLmDecoder) -> bool:
         return False
     if len({(parameter.dtype, parameter.device) for parameter in parameters}) > 1:
         return False
+    if type(model).forward is not MegatronLmDecoder.forward:
+        return False
     for module in model.modules():
-        if type(module) not in (*TORCH_MODULES, *OWN_MODULES):
+        if module is not model and type(module) not in (*TORCH_MODULES, *OWN_MODULES):
             return False
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return False
@@ -178,15 +180,22 @@ class PreparedLayer:
     def __call__(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]"""
         projected = self.query_key_value(self.attention_norm(hidden))
-        query, key, value = (
-            part.unflatten(-1, (-1, self.head_size)) for part in projected.split(self.sizes, dim=-1)
+        if rotation is not None or self.query_norm is not None:
+            self._turn(projected, rotation)
+        hidden = self.output(attend(self.index, projected), plus=hidden)
+        return self.mlp(self.mlp_norm(hidden), plus=hidden)
+
+    def _turn(self, projected: Tensor, rotation: Rotation | None) -> None:
+        """Norms and positions of queries and keys, in place."""
+        query, key = (
+            part.unflatten(1, (-1, self.head_size)) for part in projected.split(self.sizes, dim=1)[:2]
         )
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query.copy_(self.query_norm(query))
+            key.copy_(self.key_norm(key))
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        hidden = self.output(attend(self.index, query, key, value), plus=hidden)
-        return self.mlp(self.mlp_norm(hidden), plus=hidden)
+            both = projected[:, : sum(self.sizes[:2])].unflatten(1, (-1, self.head_size))
+            both.copy_(rotate(both, rotation))
 
     @property
     def linears(self) -> list[Linear]:
