@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,7 +15,7 @@ from mtnlg.cli import main as cli
 SHELL_PAGES = [page for page in PAGES if shell_commands(page)]
 PYTHON_PAGES = [
     *(ROOT / name for name in ("README.md", "README.zh-CN.md")),
-    *(ROOT / "docs" / f"{name}.md" for name in ("configuration", "chat", "chat-templates")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("configuration", "engine", "chat", "chat-templates")),
 ]
 LARGE_RECIPES = ("mt-nlg-530b", "1t", "gpu")  # read here, too large to run
 
@@ -56,6 +57,8 @@ class Trial:
         verb, rest = words[0], words[1:]
         if verb.startswith("-") or "--help" in rest:
             assert cli.main(words) == 0
+        elif any("-parallel-size" in word for word in rest) and verb != "train":
+            self._in_a_process_of_its_own(words)  # ranks are joined once in the life of a process
         elif verb == "demo":
             cli.verb_parser("demo").read(rest)  # run by tests/cli/test_demo.py
         elif verb == "chat" and not sys.stdin.getvalue():
@@ -66,6 +69,10 @@ class Trial:
             if verb == "encode" and not Path("tokenizer").exists():  # made on the page before
                 Path("tokenizer").symlink_to(Path(RUN).resolve() / "tokenizer")
             assert cli.main(words) == 0
+
+    def _in_a_process_of_its_own(self, words):
+        done = subprocess.run([sys.executable, "-m", "mtnlg", *words], capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
 
     def _train(self, words, with_ranks):
         from mtnlg.cli import train

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLE = """
 mtnlg generate runs/demo "春天的早晨" --temperature 0.7
 mtnlg generate runs/demo "The value of" --max-new-tokens 40 --greedy
-mtnlg generate runs/demo "The value of" --num-beams 4 --stop "."
+mtnlg generate runs/demo "The value of" --num-beams 4 --max-new-tokens 20
 echo "class Reader:" | mtnlg generate runs/demo - --samples 3 --json
 """
 
