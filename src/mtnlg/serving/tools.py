@@ -54,7 +54,8 @@ class ToolReader:
         self._names = frozenset(names)
         self._held = ""  # may be the beginning of a call
         self._is_inside = False
-        self._is_start = True  # nothing but white space so far
+        self._is_start = True  # neither text nor a call so far
+        self._has_text = False  # since the last call
 
     def push(self, text: str) -> list[str | Call]:
         """Take more text; give what is certain, in order."""
@@ -65,9 +66,15 @@ class ToolReader:
                 inside, mark, rest = self._held.partition(CLOSE)
                 if not mark:
                     return found
-                found.append(self._call(inside) or f"{OPEN}{inside}{CLOSE}")
+                call = self._call(inside)
+                if call is None:
+                    self._add(found, f"{OPEN}{inside}{CLOSE}")
+                else:
+                    found.append(call)
                 self._held, self._is_inside = rest, False
                 continue
+            if not self._has_text and not self._held.strip():
+                return found  # white space around calls is no text
             if self._is_start and self._held.lstrip().startswith("{"):
                 return found  # known at the end
             before, mark, rest = self._held.partition(OPEN)
@@ -85,12 +92,14 @@ class ToolReader:
         held, self._held = self._held, ""
         if self._is_inside:
             return [self._call(held) or OPEN + held]
-        call = self._call(held) if self._is_start and held.lstrip().startswith("{") else None
-        return [call] if call else [held] if held.strip() or (not self.num_calls and held) else []
+        if self._is_start and (call := self._call(held)):
+            return [call]
+        is_text = held.strip() or self._has_text or not self.num_calls
+        return [held] if held and is_text else []
 
     def _add(self, found: list[str | Call], text: str) -> None:
-        if text.strip() or (text and not self._is_start and not self.num_calls):
-            self._is_start = False
+        if text.strip() or (text and self._has_text):
+            self._is_start, self._has_text = False, True
             found.append(text)
 
     def _call(self, text: str) -> Call | None:
@@ -104,7 +113,7 @@ class ToolReader:
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments, ensure_ascii=False)
         self.num_calls += 1
-        self._is_start = False
+        self._is_start = self._has_text = False
         return Call(content["name"], arguments)
 
 
