@@ -120,8 +120,8 @@ class StageRunner:
             inputs = torch.empty(shape, dtype=self.stage.dtype, device=self.stage.device)
             dist.recv(inputs, src=self.mesh.rank - self.mesh.tensor_size)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attend_rows(plan, self._kernel, self._pools[layer], query, key, value)
+        def attend(layer: int, projected: Tensor) -> Tensor:
+            return attend_rows(plan, self._kernel, self._pools[layer], projected)
 
         return self.stage.forward(inputs, plan.positions, attend)
 
