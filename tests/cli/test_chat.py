@@ -175,6 +175,12 @@ def test_each_line_is_a_message_where_asked(chat, capsys, monkeypatch):
     assert second["messages"][:2] == first["messages"]
 
 
+def test_a_pipe_tells_its_speed_beside_the_answer(chat, capsys, monkeypatch):
+    _, out, err = pipe(capsys, monkeypatch, "a", chat, "--stats")
+    assert re.match(r"6 tokens, [\d.]+ tokens/s, first after .* of 4096\n$", err)
+    assert "tokens/s" not in out
+
+
 def test_a_text_that_only_looks_like_json_is_a_question(chat, capsys, monkeypatch):
     for text in ("[1, 2]", "{}", "3", "{broken"):
         _, out, _ = pipe(capsys, monkeypatch, text, chat, "--json")

@@ -268,13 +268,18 @@ def test_summaries_take_the_place_of_what_is_dropped():
         answer = dialogue.ask(f"question number {number}x").result()
         if answer.notices:
             break
-    request, prompt = engine.requests[-2:]
     mine = tokenizer(TEMPLATES["default"])
-    asked = mine.decode(request.prompt_ids, skip_special_tokens=False)
-    assert "number 0x" in asked
-    assert asked.endswith(("names, facts and wishes.<|end|><|assistant|>", "要求。<|end|><|assistant|>"))
-    assert request.rules.is_greedy
-    text = mine.decode(prompt.prompt_ids, skip_special_tokens=False)
+    decode = functools.partial(mine.decode, skip_special_tokens=False)
+    prompt, summaries = engine.requests[-1], engine.requests[number:-1]
+    asked = [decode(request.prompt_ids) for request in summaries]
+    lost = next(n for n in range(number + 1) if f"number {n}x" in decode(prompt.prompt_ids))
+    assert all(
+        f"number {n}x" in "".join(asked) for n in range(lost)
+    )  # each of them, whatever fits together
+    for text in asked:
+        assert text.endswith(("names, facts and wishes.<|end|><|assistant|>", "要求。<|end|><|assistant|>"))
+    assert all(request.rules.is_greedy for request in summaries)
+    text = decode(prompt.prompt_ids)
     assert "be kind\n\nWhat was said before: " in text or "be kind\n\n此前的谈话：" in text
     assert "number 0x" not in text
     assert "summarised" in answer.notices[0]

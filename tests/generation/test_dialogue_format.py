@@ -53,11 +53,11 @@ def text_of(ids, template=None):
 @pytest.mark.parametrize(
     ("template", "ends", "stop"),
     [
-        (styles.CHATML, ["</s>", "<|im_end|>"], ()),
-        (styles.LLAMA, ["</s>", "<|eot_id|>"], ()),
+        (styles.CHATML, ["</s>", "<|im_end|>", "<|im_start|>"], ()),
+        (styles.LLAMA, ["</s>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"], ()),
         (styles.MISTRAL, ["</s>"], ()),
-        (styles.TOOLS, ["</s>", "<|im_end|>"], ()),
-        (DEFAULT_CHAT_TEMPLATE, ["</s>", "<|end|>"], ()),
+        (styles.TOOLS, ["</s>", "<|im_end|>", "<|im_start|>"], ()),
+        (DEFAULT_CHAT_TEMPLATE, ["</s>", "<|end|>", "<|user|>"], ()),
         (styles.PLAIN, ["</s>"], ("\n\n### User:",)),
         ("{{ raise_exception('never') }}", ["</s>", "<|end|>", "<|im_end|>", "<|eot_id|>"], ()),
         (None, ["</s>"], ("\nUser:", "\nAssistant:", "\n用户：", "\n助手：")),
@@ -86,6 +86,8 @@ def test_a_model_with_a_template_uses_it_and_one_without_a_persona():
     forced = choose_format(tokenizer(styles.CHATML), persona="poet")
     assert "Poet" in forced.explanation
     assert isinstance(choose_format(tokenizer(), template=styles.CHATML), TemplateFormat)
+    with pytest.raises(ConfigError, match="no chat template named 'chatml'; it has default"):
+        choose_format(tokenizer(styles.CHATML), template="chatml")
     with pytest.raises(ConfigError, match="not both"):
         choose_format(tokenizer(), "poet", styles.CHATML)
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mtnlg.cli.chat_session import speed
 from mtnlg.cli.terminal import note
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def answer_pipe(dialogue: Dialogue, stdin: TextIO, arguments: Namespace) -> int:
             _print_json(dialogue, answer.result())
         else:
             _stream(answer)
+        if arguments.stats:
+            note(speed(answer, dialogue.max_length))
         num_answers += 1
     if not num_answers:
         raise ConfigError('there is no question: give one, as in echo "Who are you?" | mtnlg chat MODEL.')

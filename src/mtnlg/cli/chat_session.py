@@ -94,16 +94,9 @@ class ChatSession:
 
     def stats(self) -> str:
         """How fast the last answer came."""
-        answer = self.dialogue.last_answer
-        if answer is None:
+        if self.dialogue.last_answer is None:
             raise ConfigError("there is no answer yet.")
-        usage = answer.usage
-        seconds = usage.total_seconds - usage.first_token_seconds
-        rate = f"{(usage.new_tokens - 1) / seconds:.1f} tokens/s" if seconds > 0 else "- tokens/s"
-        return (
-            f"{usage.new_tokens} tokens, {rate}, first after {usage.first_token_seconds:.2f} s; prompt "
-            f"{usage.prompt_tokens} tokens ({usage.cached_tokens} remembered) of {self.dialogue.max_length}"
-        )
+        return speed(self.dialogue.last_answer, self.dialogue.max_length)
 
     def _command(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")
@@ -133,6 +126,17 @@ class ChatSession:
         if self.shows_stats:
             parts.append(self.stats())
         return "; ".join(part for part in parts if part)
+
+
+def speed(answer: Answer, max_length: int) -> str:
+    """How fast an answer came, in one line."""
+    usage = answer.usage
+    seconds = usage.total_seconds - usage.first_token_seconds
+    rate = f"{(usage.new_tokens - 1) / seconds:.1f}" if seconds > 0 and usage.new_tokens > 1 else "-"
+    return (
+        f"{usage.new_tokens} tokens, {rate} tokens/s, first after {usage.first_token_seconds:.2f} s; "
+        f"prompt {usage.prompt_tokens} tokens ({usage.cached_tokens} remembered) of {max_length}"
+    )
 
 
 class _CtrlC:

@@ -100,9 +100,11 @@ class TemplateFormat:
         place = max((n for n, piece in enumerate(pieces) if _PROBE in piece.text), default=None)
         if place is not None:
             after = pieces[place].text.rpartition(_PROBE)[2]
-            special = pieces[place + 1] if place + 1 < len(pieces) else None
-            if special is not None and not after.strip():
-                ids[tokenizer.special_tokens[special.text]] = None
+            # The token that closes the answer, and any that would open a turn of the person's.
+            end_of_turn = next((n for n, piece in enumerate(pieces) if _NEXT in piece.text), len(pieces))
+            between = [piece.text for piece in pieces[place + 1 : end_of_turn] if piece.is_special]
+            if between and not after.strip():
+                ids |= dict.fromkeys(tokenizer.special_tokens[name] for name in between)
             elif end := after.partition(_NEXT)[0].rstrip():
                 stop = [end]
         return tuple(ids), tuple(stop)
@@ -191,6 +193,9 @@ def choose_format(
     """
     if persona is not None and template is not None:
         raise ConfigError("give a persona or a chat template, not both.")
+    if template is not None and "{" not in template and template not in tokenizer.chat_templates:
+        names = ", ".join(tokenizer.chat_templates) or "none"
+        raise ConfigError(f"the tokenizer has no chat template named {template!r}; it has {names}.")
     if persona is not None:
         found = find_persona(persona) if isinstance(persona, str) else persona
         return PersonaFormat(

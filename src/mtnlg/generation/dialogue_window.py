@@ -108,7 +108,7 @@ class DialogueWindow:
             target = room - room // _FREE_AFTER_DROPPING
             length = write(self._start)
         if policy == "summarise" and (lost := turns[max(before, len(examples)) : self._start]):
-            self._summary = self._summarise(head, lost, summarise)
+            self._summarise(head, lost, summarise)
             length = write(self._start)
         if length >= self._max_length:
             self._start = before
@@ -127,17 +127,25 @@ class DialogueWindow:
 
     def _summarise(
         self, head: list[dict[str, Any]], lost: list[list[Message]], summarise: Summarise
-    ) -> str:
-        """A summary of the summary so far and of the turns that are lost."""
+    ) -> None:
+        """Put the lost turns into the summary, as many at a time as fit; one too long is dropped."""
         num_tokens = min(_MOST_SUMMARY_TOKENS, self._max_length // 8)
-        for first in range(len(lost)):
-            shown = [message for turn in lost[first:] for message in turn]
-            request = _REQUESTS[is_chinese("".join(str(message["content"]) for message in shown))]
-            asked = {"role": "user", "content": request}
-            ids = self._form.encode(self._form.pieces([*self._head(head), *shown, asked]))
+        rest = list(lost)
+        while rest:
+            count = len(rest)
+            ids = self._summary_prompt(head, rest)
+            while len(ids) + num_tokens > self._max_length and count > 1:
+                count -= 1
+                ids = self._summary_prompt(head, rest[:count])
             if len(ids) + num_tokens <= self._max_length:
-                return summarise(ids, num_tokens)
-        return self._summary  # not one turn fits with the request: it is dropped
+                self._summary = summarise(ids, num_tokens)
+            rest = rest[count:]
+
+    def _summary_prompt(self, head: list[dict[str, Any]], turns: list[list[Message]]) -> list[int]:
+        shown = [message for turn in turns for message in turn]
+        request = _REQUESTS[is_chinese("".join(str(message["content"]) for message in shown))]
+        asked = {"role": "user", "content": request}
+        return self._form.encode(self._form.pieces([*self._head(head), *shown, asked]))
 
     def _notices(self, num_lost: int, policy: str) -> list[str]:
         if num_lost <= 0:
