@@ -63,6 +63,8 @@ class Trial:
             cli.verb_parser("demo").read(rest)  # run by tests/cli/test_demo.py
         elif verb == "chat" and not sys.stdin.getvalue():
             cli.verb_parser("chat").read(rest)  # a person types: tests/cli/test_chat.py does
+        elif verb == "serve":
+            cli.verb_parser("serve").read(rest)  # it does not end by itself: tests/serving runs it
         elif verb == "train":
             self._train(rest, with_ranks)
         else:
