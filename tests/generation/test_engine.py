@@ -618,3 +618,25 @@ def test_whoever_waits_for_the_lock_gets_it_next():
         order.append("holder")
     thread.join()
     assert order == ["guest", "holder"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_ended(make_model):
+    runner = SpyRunner(make_model())
+    runner.error = SystemExit("ended from within")
+    engine = make_engine(runner.model, runner).start()
+    found = engine.submit(GenerationRequest([1]))
+    assert found.result().finish_reason == "cancelled"
+    assert engine._thread is not None
+    engine._thread.join(timeout=60)
+    assert not engine.is_alive
+    with pytest.raises(EngineClosedError):
+        engine.submit(GenerationRequest([1]))
+    engine.close()
+
+
+def test_requests_that_ended_in_time_are_not_held_until_their_deadline(make_model):
+    engine = make_engine(make_model())
+    for _ in range(100):
+        engine.submit(GenerationRequest([1], max_new_tokens=1, deadline_seconds=600)).result()
+    assert len(engine._deadlines) <= 65

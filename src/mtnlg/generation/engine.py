@@ -272,6 +272,7 @@ class Engine:
             if self._entries.pop(generation, None) is None:
                 return
             self._num_present -= 1
+            self._forget_old_deadlines()
             self._wake.notify_all()
         self._scheduler.remove(entry)
         generation.usage.total_seconds = time.monotonic() - entry.submitted
@@ -286,6 +287,12 @@ class Engine:
             generation.put(event)
         except Exception:
             LOG.exception("a listener failed on the last event of its generation")
+
+    def _forget_old_deadlines(self) -> None:
+        """Hold no more of requests that ended in time than of those that are there."""
+        if len(self._deadlines) > 2 * self._num_present + 64:
+            self._deadlines = [one for one in self._deadlines if one[2].generation in self._entries]
+            heapq.heapify(self._deadlines)
 
     def _last_text(self, entry: Running) -> str:
         return "" if entry.text is None or entry.text.is_stopped else entry.text.finish()
@@ -352,10 +359,14 @@ class Engine:
         self.close()
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._is_closing or self._num_present):
-                    self._wake.wait()
-                if self._is_closing:
-                    return
-            self.step()
+        try:
+            while True:
+                with self._wake:
+                    while not (self._is_closing or self._num_present):
+                        self._wake.wait()
+                    if self._is_closing:
+                        return
+                self.step()
+        finally:  # whatever ended the thread: nobody may wait for it
+            self._refuse("the generation engine's thread has ended.")
+            self._end_all("cancelled")
