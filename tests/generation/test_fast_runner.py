@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtnlg.config.generation import EngineConfig
+from mtnlg.generation.attention_kernel import AttentionKernel
 from mtnlg.generation.choose_runner import make_runner
 from mtnlg.generation.fast_runner import FastRunner
 from mtnlg.generation.prepared import can_prepare
@@ -239,6 +240,25 @@ def test_without_a_compiler_the_plain_form_answers(
     close(fast.run(rows_of(prompts)), PlainRunner(model, 6).run(rows_of(prompts)))
     with pytest.raises(RuntimeError, match="no C"):
         FastRunner(model, 6, compile="on")
+
+
+def test_compiling_in_the_background_begins_with_work_and_changes_nothing(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mtnlg.generation.attention_kernel.CALLS_BEFORE_COMPILING", 7)
+    monkeypatch.setattr(AttentionKernel, "compile_in_background", lambda kernel: begun.append(kernel))
+    begun: list[AttentionKernel] = []
+    model, prompts = make_model(hidden_size=64, head_dim=16), make_prompts([9, 3])
+    fast = FastRunner(model, 6, compile="auto")
+    before = fast.run(rows_of(prompts))
+    assert not begun  # three layers: three calls
+    for _ in range(4):
+        fast.run(rows_of(prompts))
+    assert begun == [fast.kernel]
+    monkeypatch.undo()
+    fast.kernel.compile_in_background().join()
+    assert fast.kernel.is_compiled
+    close(fast.run(rows_of(prompts)), before)
 
 
 def test_the_runner_is_chosen_by_model_and_settings(make_model: MakeModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 from mtnlg.generation.paged_attention import PagePool, attend_pages, attend_step
 
 Kernel = Callable[..., Tensor]
+CALLS_BEFORE_COMPILING = 1000  # of one layer in one step
 logger = logging.getLogger(__name__)
 
 
@@ -44,23 +46,22 @@ class AttentionKernel:
 
     Args:
         shape: of the model.
-        mode: ``off`` never compiles, ``on`` compiles before the first step, ``auto`` in the
-            background.
+        mode: ``off`` never compiles, ``on`` compiles before the first step, ``auto`` in the background,
+            once there has been some work: a short program should not wait for a compiler at its end.
         is_invariant: a token's numbers may never depend on other tokens, nor change when the compiler
             is done: ``auto`` then compiles before the first step too.
+
+    Attributes:
+        step: :func:`attend_step`, as soon as it is compiled.
     """
 
     def __init__(self, shape: KernelShape, mode: str, is_invariant: bool) -> None:
         self.shape, self.is_invariant = shape, is_invariant
         self._kernel: Kernel | None = None
-        self.step: Kernel | None = None  # attend_step, as soon as it is compiled
-        if mode == "off":
-            return
-        if mode == "on" or is_invariant:
+        self.step: Kernel | None = None
+        self._calls_left = CALLS_BEFORE_COMPILING if mode == "auto" and not is_invariant else -1
+        if mode == "on" or (mode == "auto" and is_invariant):
             self._compile(is_wanted=mode == "on")
-            return
-        # Nobody waits for it: a program that ends takes the thread with it.
-        threading.Thread(target=self._compile, name="mtnlg-compile", daemon=True).start()
 
     @property
     def is_compiled(self) -> bool:
@@ -71,9 +72,20 @@ class AttentionKernel:
         """See :func:`attend_pages`."""
         if self._kernel is not None:
             return self._kernel(query, pool.keys, pool.values, pages, lengths)
+        self._calls_left -= 1
+        if self._calls_left == 0:
+            self.compile_in_background()
         if self.is_invariant:
             return attend_in_order(query, pool, pages, lengths)
         return attend_gathered(query, pool, pages, lengths)
+
+    def compile_in_background(self) -> threading.Thread:
+        """Steps go on as they are until it is done; the program's end waits for it."""
+        thread = threading.Thread(target=self._compile, name="mtnlg-compile", daemon=True)
+        thread.start()
+        # A thread that is inside the compiler when the interpreter goes away takes the program down.
+        atexit.register(thread.join)
+        return thread
 
     def _compile(self, is_wanted: bool = False) -> None:
         try:

@@ -89,6 +89,10 @@ def plan_step(
         device: of the model.
     """
     counts = [len(row.ids) for row in rows]
+    if max(counts) == 1:
+        plan = _plan_of_single_tokens(rows, page_size, fewest, device)
+        if plan is not None:
+            return plan
     is_single = [only_singles or count < FEWEST_OF_A_PIECE for count in counts]
     ids = np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows])
     positions = np.concatenate([np.arange(row.start, row.start + len(row.ids)) for row in rows])
@@ -125,6 +129,32 @@ def plan_step(
         pieces,
         np.split(where, np.cumsum(counts)[:-1]),
     )
+
+
+def _plan_of_single_tokens(
+    rows: Sequence[Row], page_size: int, fewest: int, device: torch.device
+) -> StepPlan | None:
+    """The usual step, laid out without detours: one token for each row, of similar lengths.
+
+    Returns:
+        ``None`` where lengths differ so much that the rows should not attend together.
+    """
+    num_pages = [row.start // page_size + 1 for row in rows]
+    longest = max(num_pages)
+    if longest * len(rows) - sum(num_pages) > SMALL_PAGES or len(rows) > MOST_SINGLES:
+        return None
+    filling = [0] * (fewest - len(rows))
+    starts = [row.start for row in rows]
+    numbers = torch.tensor([[*(row.ids[0] for row in rows), *filling], [*starts, *filling]])
+    tables = torch.tensor(
+        [[*row.pages[:count], *[0] * (longest - count)] for row, count in zip(rows, num_pages)]
+    )
+    new_pages = torch.tensor([row.pages[count - 1] for row, count in zip(rows, num_pages)], device=device)
+    ids, positions = numbers.to(device)
+    tables, held = tables.to(device), positions[: len(rows)]
+    singles = [Singles(slice(0, len(rows)), tables, held + 1)]
+    of_rows = [np.array([index]) for index in range(len(rows))]
+    return StepPlan(len(rows), ids, positions, new_pages, held % page_size, singles, [], of_rows)
 
 
 def _groups(num_pages: np.ndarray) -> list[tuple[int, int]]:
