@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from mtnlg.generation.sampler import SamplingState
 
 LARGEST = torch.finfo(torch.float32).max
+# float32 [256, 8]: for each byte of a mask, 0 where its bits are set and -inf where not.
+MASK_OF_OCTET = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") > 0,
+    np.float32(0.0),
+    np.float32("-inf"),
+)
 
 
 def edit_scores(scores: Tensor, states: Sequence[SamplingState]) -> bool:
@@ -101,7 +107,12 @@ def _mask(scores: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) 
         constraint = states[row].constraint
         assert constraint is not None
         constraint.fill_mask(words[place])
-    bits = np.unpackbits(words.numpy().view(np.uint8), axis=-1, count=vocab, bitorder="little")
+    octets = words.numpy().view(np.uint8)  # little-endian words: bit 0 is in the first byte
+    if scores.device.type == "cpu":  # a sum with zeros and -inf takes a ninth of masked_fill_'s time
+        for place, row in enumerate(rows):
+            scores[row] += torch.from_numpy(MASK_OF_OCTET.take(octets[place], axis=0).reshape(-1)[:vocab])
+        return
+    bits = np.unpackbits(octets, axis=-1, count=vocab, bitorder="little")
     forbidden = _on(scores, np.equal(bits, 0))
     for place, row in enumerate(rows):
         scores[row].masked_fill_(forbidden[place], float("-inf"))

@@ -7,8 +7,8 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from mtnlg.generation.constraints.verse.rules import Path, Place, VerseRules
-from mtnlg.generation.constraints.verse.tokens import Ints, TokenTable, VerseTokens, prefix_numbers
+from mtnlg.generation.constraints.verse.rules import MARK_TONE, Path, Place, VerseRules
+from mtnlg.generation.constraints.verse.tokens import Ints, TokenTable, VerseTokens, beginnings
 
 MOST_KEPT_MASKS = 1024
 Bools = npt.NDArray[np.bool_]
@@ -52,7 +52,7 @@ class VerseMasks:
         if tones is None:
             tones = self._tones[pending] = self.rules.tones[table.letters]
         allowed = np.zeros(len(table.tokens), bool)
-        for path in place.paths:
+        for path in place.paths if table.num_lettered else ():
             _Walk(self.rules, table, tones, path, allowed).go(place.slot)
         if table.counts.size and table.counts[-1] == 0:  # tokens of a tail alone
             rows = np.flatnonzero(table.counts == 0)
@@ -79,11 +79,26 @@ class _Walk:
         self.rules, self.table, self.tones, self.path, self.allowed = rules, table, tones, path, allowed
 
     def go(self, slot: int) -> None:
-        """Take every token that has a letter, from this slot on."""
-        rows = np.flatnonzero(self.table.counts)
+        """Take every token that has a letter, from this slot on.
+
+        Most tokens fall at their first letter, so that one is looked at in whole columns.
+        """
+        firsts = self.tones[: self.table.num_lettered, 0]
+        at = self.rules.slots[slot]
+        if at.marks:
+            taken = firsts >= MARK_TONE
+            if at.may_skip:
+                taken |= self._fitting(slot + 1)[firsts]
+        else:
+            taken = self._fitting(slot)[firsts]
+        rows = np.flatnonzero(taken)
         fits = np.full(len(rows), self.path.fits, np.uint8)
         rhymes = np.full(len(rows), self.path.rhymes, np.uint32)
         self._take(rows, 0, slot, fits, rhymes, np.full(len(rows), -1, np.int32))
+
+    def _fitting(self, slot: int) -> Bools:
+        """bool [tones]: which tones the path's patterns take at a letter's slot."""
+        return (self.rules.fits[self.path.scheme][slot] & np.uint8(self.path.fits)) > 0
 
     def _take(
         self, rows: npt.NDArray[np.intp], column: int, slot: int, fits: Bits, rhymes: Rhymes, own: Ints
@@ -136,11 +151,10 @@ class _Walk:
 
 def _may_begin(rules: VerseRules, table: TokenTable, rows: npt.NDArray[np.intp], place: Place) -> Bools:
     """Which of the rows' tails begin a letter that may come next."""
-    numbers, columns = prefix_numbers()
-    begun = np.zeros(len(numbers), bool)
+    found = beginnings()
     letters = rules.letters_after(place)
-    for column in columns:
-        begun[column[letters]] = True
-    begun[0] = False
-    index = np.array([numbers.get(tail, 0) for tail in table.tail_bytes])
-    return begun[index[table.tails[rows]]]
+    begun = np.zeros(len(found.numbers), bool)
+    for places, prefixes in found.of_letters:
+        begun[prefixes[letters[places]]] = True
+    begun[0] = False  # no tail
+    return begun[table.tail_numbers[table.tails[rows]]]

@@ -45,15 +45,17 @@ class TokenTable:
         tokens: int32 [rows], their ids.
         letters: int32 [rows, most letters], numbers of their letters, -1 after the last.
         counts: int32 [rows], letters of each.
-        tails: int32 [rows], index into ``tail_bytes``; 0 is none.
-        tail_bytes: the different tails; the first is empty.
+        tails: int32 [rows], index into ``tail_numbers``; 0 is none.
+        tail_numbers: of the different tails, as ``beginnings`` numbers them.
+        num_lettered: rows that have a letter.
     """
 
     tokens: Ints
     letters: Ints
     counts: Ints
     tails: Ints
-    tail_bytes: tuple[bytes, ...]
+    tail_numbers: Ints
+    num_lettered: int
 
     @classmethod
     def of(cls, pieces: list[tuple[int, tuple[int, ...], bytes]]) -> TokenTable:
@@ -70,7 +72,8 @@ class TokenTable:
             table,
             np.array([len(letters) for _, letters, _ in pieces], np.int32),
             np.array([index[tail] for _, _, tail in pieces], np.int32),
-            tail_bytes,
+            np.array([beginnings().numbers.get(tail, 0) for tail in tail_bytes], np.int32),
+            sum(bool(letters) for _, letters, _ in pieces),
         )
 
 
@@ -190,23 +193,32 @@ def _piece(content: bytes) -> Piece | None:
     return Piece(lead, tuple(letters), b"") if len(lead) < 4 and content else None
 
 
-@lru_cache(maxsize=1)
-def prefix_numbers() -> tuple[dict[bytes, int], list[Ints]]:
-    """Every beginning of a letter, numbered, and for 1, 2, 3 bytes: int32 [letters], its beginning.
+@dataclass(frozen=True)
+class Beginnings:
+    """The beginnings of letters that are no whole letters.
 
-    Where a letter is no longer than that, its entry is 0, which stands for none.
+    Args:
+        numbers: of each; none at all is 0.
+        of_letters: for beginnings of one, two and three bytes: the letters that are longer, and the
+            beginning of each.
     """
+
+    numbers: dict[bytes, int]
+    of_letters: tuple[tuple[Ints, Ints], ...]
+
+
+@lru_cache(maxsize=1)
+def beginnings() -> Beginnings:
+    """Those of the alphabet."""
     numbers: dict[bytes, int] = {b"": 0}
     columns = []
     encoded = [letter.encode() for letter in alphabet().letters]
     for length in (1, 2, 3):
-        column = np.zeros(len(encoded), np.int32)
-        for i, content in enumerate(encoded):
-            if len(content) > length:
-                column[i] = numbers.setdefault(content[:length], len(numbers))
-        columns.append(column)
-    return numbers, columns
+        longer = [i for i, content in enumerate(encoded) if len(content) > length]
+        found = [numbers.setdefault(encoded[i][:length], len(numbers)) for i in longer]
+        columns.append((np.array(longer, np.int32), np.array(found, np.int32)))
+    return Beginnings(numbers, tuple(columns))
 
 
 def _could_begin(part: bytes) -> bool:
-    return part in prefix_numbers()[0]
+    return part in beginnings().numbers
