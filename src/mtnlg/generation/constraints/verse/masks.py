@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -92,69 +93,89 @@ class _Walk:
         else:
             taken = self._fitting(slot)[firsts]
         rows = np.flatnonzero(taken)
-        fits = np.full(len(rows), self.path.fits, np.uint8)
-        rhymes = np.full(len(rows), self.path.rhymes, np.uint32)
-        self._take(rows, 0, slot, fits, rhymes, np.full(len(rows), -1, np.int32))
+        self._take(_Rows(rows, np.full(len(rows), self.path.fits, np.uint8)), 0, slot)
 
     def _fitting(self, slot: int) -> Bools:
         """bool [tones]: which tones the path's patterns take at a letter's slot."""
         return (self.rules.fits[self.path.scheme][slot] & np.uint8(self.path.fits)) > 0
 
-    def _take(
-        self, rows: npt.NDArray[np.intp], column: int, slot: int, fits: Bits, rhymes: Rhymes, own: Ints
-    ) -> None:
-        """Take the letter in ``column`` of these rows; ``own`` is the token's own last rhyming letter."""
-        if not len(rows) or slot == self.rules.end:
+    def _take(self, taken: _Rows, column: int, slot: int) -> None:
+        """Take the letter in ``column`` of these rows at a slot of the poem."""
+        if not len(taken.rows) or slot == self.rules.end:
             return
-        letters, at = self.table.letters[rows, column], self.rules.slots[slot]
+        at, scheme = self.rules.slots[slot], self.path.scheme
         if at.marks:
-            is_mark = (self.rules.marks[letters] & at.marks) > 0
+            is_mark = (self.rules.marks[self.table.letters[taken.rows, column]] & at.marks) > 0
             if at.may_skip:
-                rest = ~is_mark
-                self._take(rows[rest], column, slot + 1, fits[rest], rhymes[rest], own[rest])
-            self._next(rows[is_mark], column + 1, slot + 1, fits[is_mark], rhymes[is_mark], own[is_mark])
+                self._take(taken.where(~is_mark), column, slot + 1)
+            self._next(taken.where(is_mark), column + 1, slot + 1)
             return
-        scheme = self.path.scheme
-        fits = fits & self.rules.fits[scheme][slot][self.tones[rows, column]]
-        kept = fits > 0
+        taken.fits = taken.fits & self.rules.fits[scheme][slot][self.tones[taken.rows, column]]
+        taken = taken.where(taken.fits > 0)
         if at.place == 0 and self.rules.heads:
-            kept &= letters == self.rules.heads[at.line]
-        rows, letters, fits, rhymes, own = rows[kept], letters[kept], fits[kept], rhymes[kept], own[kept]
+            letters = self.table.letters[taken.rows, column]
+            taken = taken.where(letters == self.rules.heads[at.line])
         if self.rules.is_rhyme(scheme, at):
-            rhymes = rhymes & self.rules.rhymes[letters]
-            kept = (rhymes > 0) & (letters != own) & ~np.isin(letters, self.path.used)
-            rows, fits, rhymes, own = rows[kept], fits[kept], rhymes[kept], letters[kept]
+            taken = self._rhyming(taken, self.table.letters[taken.rows, column])
         if at.ends_line:
-            fits = np.full(len(rows), self.rules.all_patterns(scheme, at.line + 1), np.uint8)
-        self._next(rows, column + 1, slot + 1, fits, rhymes, own)
+            taken.fits = np.full(len(taken.rows), self.rules.all_patterns(scheme, at.line + 1), np.uint8)
+        self._next(taken, column + 1, slot + 1)
 
-    def _next(
-        self, rows: npt.NDArray[np.intp], column: int, slot: int, fits: Bits, rhymes: Rhymes, own: Ints
-    ) -> None:
+    def _rhyming(self, taken: _Rows, letters: Ints) -> _Rows:
+        shared = np.uint32(self.path.rhymes) if taken.rhymes is None else taken.rhymes
+        rhymes = self.rules.rhymes[letters] & shared
+        kept = rhymes > 0
+        for used in self.path.used:
+            kept &= letters != used
+        if taken.own is not None:
+            kept &= letters != taken.own
+        return _Rows(taken.rows[kept], taken.fits[kept], rhymes[kept], letters[kept])
+
+    def _next(self, taken: _Rows, column: int, slot: int) -> None:
         """File the tokens that are used up; go on with the others."""
-        done = self.table.counts[rows] == column
-        ended, tails = rows[done], self.table.tails[rows[done]]
-        self.allowed[ended[tails == 0]] = True
-        for i in np.flatnonzero(done)[tails > 0]:
-            self._try_tail(rows[i], slot, int(fits[i]), int(rhymes[i]), int(own[i]))
-        rest = ~done
-        if rest.any():
-            self._take(rows[rest], column, slot, fits[rest], rhymes[rest], own[rest])
+        done = self.table.counts[taken.rows] == column
+        ended = taken.where(done)
+        tails = self.table.tails[ended.rows]
+        self.allowed[ended.rows[tails == 0]] = True
+        for i in np.flatnonzero(tails):
+            self._try_tail(ended, i, slot)
+        if len(ended.rows) < len(taken.rows):
+            self._take(taken.where(~done), column, slot)
 
-    def _try_tail(self, row: int, slot: int, fits: int, rhymes: int, own: int) -> None:
+    def _try_tail(self, ended: _Rows, i: np.intp, slot: int) -> None:
+        row, path = ended.rows[i], self.path
         if self.allowed[row]:
             return
-        used = self.path.used if own < 0 else (*self.path.used, own)
-        place = Place(slot, (Path(self.path.scheme, fits, rhymes, used),))
+        if ended.rhymes is not None and ended.own is not None:
+            path = path._replace(rhymes=int(ended.rhymes[i]), used=(*path.used, int(ended.own[i])))
+        place = Place(slot, (path._replace(fits=int(ended.fits[i])),))
         self.allowed[row] = bool(_may_begin(self.rules, self.table, np.array([row]), place)[0])
+
+
+@dataclass
+class _Rows:
+    """Tokens that are being taken letter by letter.
+
+    Args:
+        rows: which of the table.
+        fits: of each, the patterns of its present line that it still fits.
+        rhymes: of each, the rhymes that are left; ``None`` while they are the path's.
+        own: of each, the letter of its own that rhymed last; ``None`` while it has none.
+    """
+
+    rows: npt.NDArray[np.intp]
+    fits: Bits
+    rhymes: Rhymes | None = None
+    own: Ints | None = None
+
+    def where(self, kept: Bools) -> _Rows:
+        """Some of them."""
+        rhymes = None if self.rhymes is None else self.rhymes[kept]
+        own = None if self.own is None else self.own[kept]
+        return _Rows(self.rows[kept], self.fits[kept], rhymes, own)
 
 
 def _may_begin(rules: VerseRules, table: TokenTable, rows: npt.NDArray[np.intp], place: Place) -> Bools:
     """Which of the rows' tails begin a letter that may come next."""
-    found = beginnings()
-    letters = rules.letters_after(place)
-    begun = np.zeros(len(found.numbers), bool)
-    for places, prefixes in found.of_letters:
-        begun[prefixes[letters[places]]] = True
-    begun[0] = False  # no tail
+    begun = beginnings().of(rules.letters_after(place))
     return begun[table.tail_numbers[table.tails[rows]]]

@@ -34,7 +34,8 @@ class Alphabet:
     """The characters that a poem may be written with, numbered.
 
     Args:
-        letters: every Han character of the books and of Unicode's two basic blocks, and the marks.
+        letters: every Han character of the books and of Unicode's two basic blocks, and the marks, in
+            the order of their code points, which is that of their bytes.
         number: of each letter.
         marks: uint8 [letters], bits of what a mark may stand for; 0 for Han characters.
     """
@@ -67,9 +68,8 @@ def alphabet() -> Alphabet:
     """The letters that all books share."""
     known = {letter for name in ("pingshui", "modern") for _, text in _entries(name) for letter in text}
     known |= {chr(code) for first, last in _HAN for code in range(first, last + 1)}
-    letters = "".join([*MARKS, *sorted(known)])
-    marks = np.zeros(len(letters), np.uint8)
-    marks[: len(MARKS)] = list(MARKS.values())
+    letters = "".join(sorted(known | set(MARKS)))
+    marks = np.array([MARKS.get(letter, 0) for letter in letters], np.uint8)
     return Alphabet(letters, {letter: i for i, letter in enumerate(letters)}, marks)
 
 

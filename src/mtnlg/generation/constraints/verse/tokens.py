@@ -197,27 +197,40 @@ def _piece(content: bytes) -> Piece | None:
 class Beginnings:
     """The beginnings of letters that are no whole letters.
 
+    Letters that begin alike stand beside each other in the alphabet, and the longer ones at its end.
+
     Args:
         numbers: of each; none at all is 0.
-        of_letters: for beginnings of one, two and three bytes: the letters that are longer, and the
-            beginning of each.
+        runs: for beginnings of one, two and three bytes: the first letter that is longer, where the
+            letters that begin alike start after it, and the numbers of those beginnings.
     """
 
     numbers: dict[bytes, int]
-    of_letters: tuple[tuple[Ints, Ints], ...]
+    runs: tuple[tuple[int, Ints, Ints], ...]
+
+    def of(self, letters: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """bool [beginnings]: which of them begin one of these letters."""
+        found = np.zeros(len(self.numbers), bool)
+        for first, starts, numbers in self.runs:
+            if len(starts):
+                found[numbers] = np.logical_or.reduceat(letters[first:], starts)
+        return found
 
 
 @lru_cache(maxsize=1)
 def beginnings() -> Beginnings:
     """Those of the alphabet."""
     numbers: dict[bytes, int] = {b"": 0}
-    columns = []
+    runs = []
     encoded = [letter.encode() for letter in alphabet().letters]
     for length in (1, 2, 3):
-        longer = [i for i, content in enumerate(encoded) if len(content) > length]
-        found = [numbers.setdefault(encoded[i][:length], len(numbers)) for i in longer]
-        columns.append((np.array(longer, np.int32), np.array(found, np.int32)))
-    return Beginnings(numbers, tuple(columns))
+        first = sum(len(content) <= length for content in encoded)
+        starts: dict[bytes, int] = {}
+        for i, content in enumerate(encoded[first:]):
+            starts.setdefault(content[:length], i)
+        found = [numbers.setdefault(beginning, len(numbers)) for beginning in starts]
+        runs.append((first, np.array(list(starts.values()), np.int32), np.array(found, np.int32)))
+    return Beginnings(numbers, tuple(runs))
 
 
 def _could_begin(part: bytes) -> bool:
