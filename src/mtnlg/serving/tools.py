@@ -83,6 +83,8 @@ class ToolReader:
                 self._held, self._is_inside = rest, True
                 continue
             cut = len(self._held) - _num_of_beginning(self._held, OPEN)
+            if not self._has_text and not self._held[:cut].strip():
+                return found
             self._add(found, self._held[:cut])
             self._held = self._held[cut:]
             return found
