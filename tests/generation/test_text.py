@@ -109,6 +109,21 @@ def test_stop_strings_equal_the_search_of_the_whole_text(text, stops, include):
     assert REPLACEMENT not in "".join(pieces)
 
 
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.text(alphabet="abc", max_size=6), max_size=6), stop_lists | st.just(["b", "ab", "ca"]))
+def test_tokens_of_any_length_stop_at_the_same_place(words, stops):
+    """Several stop strings may come whole in one token."""
+    text_stream = TextStream(lambda ids: "".join(words[i] for i in ids), stop=stops)
+    text = ""
+    for number in range(len(words)):
+        text += text_stream.push(number)
+        if text_stream.is_stopped:
+            break
+    else:
+        text += text_stream.finish()
+    assert (text, text_stream.stopped_by) == first_stop("".join(words), stops)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(8, 299), max_size=40), stop_lists)
 def test_any_ids_give_the_text_of_the_whole(ids, stops):
