@@ -187,7 +187,8 @@ def table(options: argparse.Namespace, results: Results) -> Iterator[str]:
     yield "# Serving\n"
     yield (
         f"`python -m benchmarks.serve`, {datetime.now(UTC):%Y-%m-%d}, {processor()}, "
-        f"{options.threads} cores, medians of {options.rounds} alternating rounds. Load at the end: {os.getloadavg()[0]:.1f}.\n"
+        f"{options.threads} cores, medians of {options.rounds} alternating rounds. "
+        f"Load at the end: {os.getloadavg()[0]:.1f}.\n"
     )
     yield "GPT-2's shape (124M), random weights, greedy, streamed over HTTP; clients run on the same cores."
     yield "Throughput counts new tokens of all clients. Waits are in milliseconds, between tokens as chunks"
