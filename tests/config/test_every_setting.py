@@ -18,7 +18,7 @@ from mtnlg.config.check import setting_names
 from mtnlg.parallel import ParallelModel, build_mesh
 from mtnlg.parallel import mesh as mesh_module
 from mtnlg.training import checkpoint_files, loop
-from mtnlg.training.loop import choose_device
+from mtnlg.training.device import choose_device
 
 TESTS = Path(__file__).resolve().parents[1]
 RAMP = {"batch.ramp_start": 4, "batch.ramp_increment": 2, "batch.ramp_tokens": 300}

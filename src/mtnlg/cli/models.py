@@ -34,7 +34,7 @@ def open_model(
     from mtnlg.api import MegatronLmModel
     from mtnlg.cli.ranks import open_over_ranks, wants_ranks
     from mtnlg.config import ConfigError
-    from mtnlg.training.loop import choose_device
+    from mtnlg.training.device import choose_device
 
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device is {device!r}: choose cpu or cuda.")

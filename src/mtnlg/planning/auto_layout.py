@@ -27,7 +27,7 @@ from mtnlg.config import (
 from mtnlg.parallel.launch import join_slurm
 from mtnlg.parallel.mesh import ranks_present
 from mtnlg.planning.memory import MemoryNeed, memory_of_rank
-from mtnlg.training.loop import choose_device
+from mtnlg.training.device import choose_device
 
 USABLE_SHARE = 0.9  # of a device's memory: the rest is the library's, and holes between blocks
 GB = 1e9

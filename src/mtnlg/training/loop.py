@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from mtnlg.config import ConfigError, RunConfig
+from mtnlg.config import RunConfig
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.parallel.float8 import check_float8
 from mtnlg.parallel.launch import join_slurm, launch
 from mtnlg.parallel.mesh import Mesh, build_mesh, ranks_present, resolve_layout
 from mtnlg.training.checkpoint_files import checkpoints_dir
+from mtnlg.training.device import choose_device
 from mtnlg.training.events import Callbacks, CallbackSource, TrainResult
 from mtnlg.training.meter import available_cores
 from mtnlg.training.prepare import prepare
@@ -89,17 +90,6 @@ def train_on_rank(
         torch.use_deterministic_algorithms(True)
     listeners = Callbacks(callbacks if mesh.is_main else ())
     return Trainer(config, mesh, listeners, evaluate).run()
-
-
-def choose_device(wanted: str | None) -> str:
-    """``cpu`` or ``cuda``: what is asked for, or the best that is present.
-
-    Raises:
-        ConfigError: a GPU is asked for and none is usable.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("training.device is cuda: torch sees no GPU here. Use training.device: cpu.")
-    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def set_threads(wanted: int | None, mesh: Mesh) -> None:
