@@ -15,7 +15,10 @@ from mtnlg.cli import main as cli
 SHELL_PAGES = [page for page in PAGES if shell_commands(page)]
 PYTHON_PAGES = [
     *(ROOT / name for name in ("README.md", "README.zh-CN.md")),
-    *(ROOT / "docs" / f"{name}.md" for name in ("configuration", "engine", "chat", "chat-templates")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("configuration", "engine", "chat", "chat-templates", "sampling")
+    ),
 ]
 LARGE_RECIPES = ("mt-nlg-530b", "1t", "gpu")  # read here, too large to run
 
@@ -97,6 +100,10 @@ class Trial:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
             assert set(extra.split(",")) <= set(project["optional-dependencies"])
+
+    def _curl(self, words, _with_ranks):
+        assert any(word.startswith("http://127.0.0.1:8000/") for word in words)
+        assert "docs" in ROOT.joinpath("tests/serving/test_docs.py").read_text()  # runs it
 
     def _python(self, words, _with_ranks):
         if words[0] == "-m":

@@ -102,14 +102,13 @@ BEAMS = {
 }
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
-@pytest.mark.parametrize("name", BEAMS)
+@pytest.mark.parametrize(("family", "name"), [*(("gpt", name) for name in BEAMS), ("llama", "plain")])
 def test_beams_and_scores_are_those_of_transformers(twins, family, name):
     ours, theirs = twins(family)
-    for prompt in PROMPTS:
-        for end_ids in ((), (3, 11), tuple(range(20, 40))):
-            expected, scores = transformers_search(theirs, prompt, 9, end_ids, **BEAMS[name])
-            found = search(ours, prompt, 9, end_ids, **BEAMS[name])
+    for prompt in PROMPTS[1:]:
+        for end_ids in ((), (3, 11), tuple(range(8, 64))):
+            expected, scores = transformers_search(theirs, prompt, 7, end_ids, **BEAMS[name])
+            found = search(ours, prompt, 7, end_ids, **BEAMS[name])
             for one, ids, score in zip(found, expected, scores, strict=True):
                 padding = [PADDING] * (len(ids) - len(one.new_ids))
                 assert [*one.new_ids, *padding] == ids
@@ -126,7 +125,7 @@ def test_beams_and_scores_are_those_of_transformers(twins, family, name):
 )
 def test_rules_in_beams_are_those_of_transformers(twins, rules):
     ours, theirs = twins("gpt")
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[1:]:
         ends = tuple(range(10, 30))
         expected, scores = transformers_search(
             theirs, prompt, 10, ends, num_beams=3, num_return_sequences=3, **rules

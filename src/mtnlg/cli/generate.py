@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mtnlg.cli.models import MODEL_HELP
 
@@ -46,6 +46,7 @@ SEARCHING = (
     ("num_beam_groups", int | None, None, "of them, groups that keep apart"),
     ("diversity_penalty", float | None, None, "how far groups keep apart"),
     ("length_penalty", float | None, None, "above 1 favours long sequences, below 1 short ones"),
+    ("early_stopping", bool | Literal["never"] | None, None, "true ends when enough sequences are finished"),
     ("penalty_alpha", float | None, None, "contrastive search: weight of not repeating; with --top-k"),
 )
 FORMS = (

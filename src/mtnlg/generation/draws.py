@@ -14,6 +14,7 @@ longer than everything else. Two ways, by what a row's rules allow:
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -212,12 +213,16 @@ def _nucleus_floor(weights: Tensor, mass: float) -> float:
     low, high = 0, int(weights.amax().view(torch.int32))
     while low < high:
         middle = (low + high) // 2
-        weight = float(torch.tensor(middle, dtype=torch.int32).view(torch.float32))
-        if float(F.threshold(weights, weight, 0.0).sum()) < mass:
+        if float(F.threshold(weights, _float_of(middle), 0.0).sum()) < mass:
             high = middle
         else:
             low = middle + 1
-    return float(torch.tensor(low, dtype=torch.int32).view(torch.float32))
+    return _float_of(low)
+
+
+def _float_of(bits: int) -> float:
+    """The float32 that these bits are."""
+    return float(struct.unpack("f", struct.pack("i", bits))[0])
 
 
 def _draw_typical(weights: Tensor, scaled: Tensor, token: int, state: SamplingState) -> int:
