@@ -46,7 +46,7 @@ SEARCHING = (
     ("num_beam_groups", int | None, None, "of them, groups that keep apart"),
     ("diversity_penalty", float | None, None, "how far groups keep apart"),
     ("length_penalty", float | None, None, "above 1 favours long sequences, below 1 short ones"),
-    ("early_stopping", bool | Literal["never"] | None, None, "true ends when enough sequences are finished"),
+    ("early_stopping", bool | Literal["never"] | None, None, "true ends at enough finished sequences"),
     ("penalty_alpha", float | None, None, "contrastive search: weight of not repeating; with --top-k"),
 )
 FORMS = (
