@@ -78,8 +78,8 @@ class PreparedNorm:
     def __call__(self, rows: Tensor) -> Tensor:
         """[..., size] → [..., size]"""
         if self.is_rms:
-            return F.rms_norm(rows, self.shape, self.weight, self.eps)
-        return F.layer_norm(rows, self.shape, self.weight, self.bias, self.eps)
+            return torch.rms_norm(rows, self.shape, self.weight, self.eps)
+        return torch.layer_norm(rows, self.shape, self.weight, self.bias, self.eps)
 
 
 class PreparedMlp:
