@@ -1,7 +1,7 @@
 """What choosing the next tokens costs beside the model: every rule, many rows, a large vocabulary.
 
     python benchmarks/sampling.py
-    python benchmarks/sampling.py --vocab 8192 --rows 1 8 --threads 1 --output results/sampling.md
+    python benchmarks/sampling.py --vocab 8192 --rows 1 8 --threads 1 --output benchmarks/results/sampling.md
 
 The logits are those of a trained model in shape (peaked: a few likely tokens and a long tail) or those of
 random weights (flat: thousands of tokens about equally likely, the worst case of top-p). Sequences hold
@@ -178,9 +178,9 @@ def report(arguments: argparse.Namespace) -> str:
 
     lines = [
         f"# Choosing tokens: {arguments.vocab:,} of vocabulary\n",
-        f"{date.today()}, {machine()}, {arguments.threads} threads, torch {torch.__version__}, "
+        f"{date.today()}, {machine()}, threads: {arguments.threads}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, medians of up to {arguments.rounds} alternating rounds. "
-        "`python benchmarks/sampling.py`",
+        f"`python benchmarks/sampling.py --threads {arguments.threads} --rounds {arguments.rounds}`",
     ]
     for kind in ("peaked", "flat"):
         lines += table(kind, arguments)
