@@ -1,7 +1,7 @@
 """What choosing the next tokens costs beside the model: every rule, many rows, a large vocabulary.
 
     python benchmarks/sampling.py
-    python benchmarks/sampling.py --vocab 8192 --rows 1 8 --threads 1 --output benchmarks/results/sampling.md
+    python benchmarks/sampling.py --vocab 8192 --rows 1 8 --threads 1 --output sampling.md
 
 The logits are those of a trained model in shape (peaked: a few likely tokens and a long tail) or those of
 random weights (flat: thousands of tokens about equally likely, the worst case of top-p). Sequences hold
