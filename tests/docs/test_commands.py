@@ -13,11 +13,12 @@ from tests.docs.commands import PAGES, ROOT, RUN, TINY, blocks, feed, furnish, s
 from mtnlg.cli import main as cli
 
 SHELL_PAGES = [page for page in PAGES if shell_commands(page)]
+RULES = ("constraints", "verse", "speculation")
 PYTHON_PAGES = [
     *(ROOT / name for name in ("README.md", "README.zh-CN.md")),
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("configuration", "engine", "chat", "chat-templates", "sampling")
+        for name in ("configuration", "engine", "chat", "chat-templates", "sampling", *RULES)
     ),
 ]
 LARGE_RECIPES = ("mt-nlg-530b", "1t", "gpu")  # read here, too large to run

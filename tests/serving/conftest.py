@@ -118,11 +118,11 @@ def start(model: MegatronLmDecoder, tokenizer: Tokenizer) -> Callable[..., Any]:
     """Start a server; a context manager of :class:`Running`."""
 
     @contextlib.contextmanager
-    def started(engine: EngineConfig | None = None, **options: Any) -> Iterator[Running]:
+    def started(engine: EngineConfig | None = None, name: str = NAME, **options: Any) -> Iterator[Running]:
         engine_config = engine or EngineConfig(max_batch_size=8, max_queue_size=64, compile="off")
 
         def open_backend() -> Backend:
-            return Backend.of_model(model, tokenizer, NAME, choose_format(tokenizer), engine_config)
+            return Backend.of_model(model, tokenizer, name, choose_format(tokenizer), engine_config)
 
         config = ServerConfig(**{"port": 0, "keep_alive_seconds": 1, **options})
         server = Server(config, open_backend)

@@ -68,7 +68,11 @@ def run(arguments: Namespace) -> int:
     from mtnlg.serving.port import listen
 
     config = server_config(arguments)
-    listener = listen(config)
+    # The port first: that it is taken is then said before anything heavy is imported. But where several
+    # ranks run this very command, only the first may take it.
+    listener = None if _may_have_ranks(arguments) else listen(config)
+    open_backend = _opener(arguments, config)
+    listener = listener or listen(config)
     try:
         from mtnlg.serving.lifecycle import serve
         from mtnlg.serving.logs import logging_to
@@ -76,10 +80,14 @@ def run(arguments: Namespace) -> int:
         if (error.name or "").startswith("mtnlg"):
             raise
         raise ConfigError(f"serving needs {error.name}: pip install 'mtnlg[serve]'") from error
-    open_backend = _opener(arguments, config)
     with logging_to(log_format=config.log_format):
         serve(config, open_backend, listener)
     return 0
+
+
+def _may_have_ranks(arguments: Namespace) -> bool:
+    sizes = (arguments.tensor_parallel_size, arguments.pipeline_parallel_size)
+    return any(sizes) or any(name in os.environ for name in ("RANK", "SLURM_PROCID"))
 
 
 def server_config(arguments: Namespace) -> ServerConfig:
