@@ -178,7 +178,9 @@ def main() -> None:
     """Write both tables."""
     variants = Variants()
     old, older = pingshui_readings(variants), guangyun_readings()
-    letters = sorted(set(old) | set(gb2312()) | set(big5()))
+    letters = {*old, *gb2312(), *big5()}
+    letters |= {other for letter in letters for other in variants.of(letter) if len(other) == 1}
+    letters = sorted(letters)
     modern = modern_readings(letters)
     by_rhyme: dict[str, list[str]] = {members[0]: [] for members in LEVEL}
     by_rhyme |= {"平": [], OBLIQUE: []}
