@@ -52,25 +52,40 @@ def draw_tokens(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
             for row, token in zip(rows, draw(chosen, [states[row] for row in rows])):
                 tokens[row] = token
 
-    fill(_rows_with_few(logits, states), _draw_from_candidates)
+    for rows in _rows_by_top_k(logits, states):
+        fill(rows, _draw_from_candidates)
     fill([row for row, token in enumerate(tokens) if token < 0], _draw_from_all)
     return tokens
 
 
-def _rows_with_few(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
+def _rows_by_top_k(logits: Tensor, states: Sequence[SamplingState]) -> list[list[int]]:
+    """Rows with the same top-k, where it is small.
+
+    Only the same one: more candidates than a row has alone would make sums of another length, which are
+    rounded differently.
+    """
     most = min(MOST_CANDIDATES, logits.shape[-1] // BLOCK_WIDTHS[0] - SPARE_CANDIDATES)
-    return [row for row, state in enumerate(states) if 0 < state.rules.top_k <= most]
+    groups: dict[int, list[int]] = {}
+    for row, state in enumerate(states):
+        if 0 < state.rules.top_k <= most:
+            groups.setdefault(state.rules.top_k, []).append(row)
+    return list(groups.values())
 
 
 # -- with top-k
 
 
 def _draw_from_candidates(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
-    """A token of each row, or -1 where more are tied for the last place than there is room for."""
+    """A token of each row, or -1 where more are tied for the last place than there is room for.
+
+    Args:
+        logits: float32 [rows, vocab].
+        states: one for each row, all with the same top-k.
+    """
     rules = [state.rules for state in states]
-    values, ids = most_likely(logits, max(rule.top_k for rule in rules) + SPARE_CANDIDATES)
-    last_kept = values.gather(1, torch.tensor([[rule.top_k - 1] for rule in rules]))
-    is_complete = (last_kept > values[:, -1:]).squeeze(1).tolist()
+    top_k = rules[0].top_k
+    values, ids = most_likely(logits, top_k + SPARE_CANDIDATES)
+    is_complete = (values[:, top_k - 1] > values[:, -1]).tolist()
     numbers = [state.uniform() if whole else 0.0 for state, whole in zip(states, is_complete)]
     probabilities = row_probabilities(values, rules)
     places = inverse_transform(probabilities, torch.tensor(numbers, dtype=torch.float64))
