@@ -110,3 +110,47 @@ def test_every_bad_value_is_named():
 def test_logits_that_are_not_numbers_are_refused(rules):
     with pytest.raises(MtnlgError, match="not finite"):
         choose_tokens(torch.full((1, 4), float("nan")), rules, row_generators(0, 1))
+
+
+NUMBERS = "temperature top_p min_p typical_p repetition_penalty frequency_penalty presence_penalty".split()
+COUNTS = ["top_k", "no_repeat_ngram_size", "seed"]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -3.0, True, "hot", None])
+def test_a_number_that_is_none_or_out_of_range_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is {value!r}"):
+        SamplingRules(**{name: value})
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("value", [float("nan"), 1.5, -1, True, "3"])
+def test_a_count_that_is_none_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is {value!r}"):
+        SamplingRules(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        (((3, float("nan")),), "token 3 is nan"),
+        (((3, float("inf")),), "token 3 is inf"),
+        (((3, 1e7),), "from -1e6 to 1e6"),
+        (((-1, 1.0),), "token -1"),
+        (((2.5, 1.0),), "token 2.5"),
+        (((3, 1.0), (3, 2.0)), "twice"),
+    ],
+)
+def test_a_bias_that_cannot_be_added_is_refused(bias, said):
+    with pytest.raises(ConfigError, match=said):
+        SamplingRules(logit_bias=bias)
+
+
+def test_all_options_reach_the_rules():
+    options = dict(min_p=0.1, typical_p=0.9, repetition_penalty=1.1, frequency_penalty=0.2,
+                   presence_penalty=-0.3, no_repeat_ngram_size=2, top_k=3, top_p=0.8, seed=5)  # fmt: skip
+    rules = SamplingRules.from_options(0.7, **options, logit_bias={4: 1.0, 2: -float("inf")})
+    assert {name: getattr(rules, name) for name in options} == options
+    assert rules.temperature == 0.7 and rules.logit_bias == ((4, 1.0), (2, -float("inf")))
+    assert SamplingRules.from_options(repetition_penalty=1.2).is_greedy
+    assert SamplingRules.from_options(min_p=0.1).temperature == 1.0
