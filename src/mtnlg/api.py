@@ -18,7 +18,7 @@ from mtnlg.generation.options import DetailedOptions, GenerationOptions
 from mtnlg.generation.prompts import Prompt, end_id
 from mtnlg.interop import write_hugging_face
 from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
-from mtnlg.model import MegatronLmDecoder, initialize_weights
+from mtnlg.model import MegatronLmDecoder, NoInitialization, initialize_weights
 from mtnlg.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class MegatronLmModel(MegatronLmDecoder):
         from mtnlg.training.model_files import open_model_files
 
         files = open_model_files(name_or_path)
-        with torch.device("meta"):
+        with torch.device("meta"), NoInitialization():
             model = cls(files.config)
         weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in files.read().items()}
         _check_weights(model, weights, str(name_or_path))

@@ -38,12 +38,15 @@ def add_rank_arguments(parser: ArgumentParser) -> None:
 
 def wants_ranks(arguments: Namespace) -> bool:
     """Whether these arguments, or a launcher, ask for more than one rank."""
+    sizes = (arguments.tensor_parallel_size, arguments.pipeline_parallel_size)
+    is_asked = any(size not in (None, 1) for size in sizes)
+    if not is_asked and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        return False  # without importing what divides models, which takes a second
     from mtnlg.parallel.launch import join_slurm
     from mtnlg.parallel.mesh import ranks_present
 
     join_slurm()
-    sizes = (arguments.tensor_parallel_size, arguments.pipeline_parallel_size)
-    return any(size not in (None, 1) for size in sizes) or (ranks_present() or 1) > 1
+    return is_asked or (ranks_present() or 1) > 1
 
 
 def open_over_ranks(

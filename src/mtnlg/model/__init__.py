@@ -2,7 +2,12 @@
 
 from mtnlg.model.attention import Attention, KeyValueCache
 from mtnlg.model.decoder import DecoderLayer, DecoderOutput, Embedding, Head, MegatronLmDecoder
-from mtnlg.model.initialization import initial_expert, initial_value, initialize_weights
+from mtnlg.model.initialization import (
+    NoInitialization,
+    initial_expert,
+    initial_value,
+    initialize_weights,
+)
 from mtnlg.model.loss import IGNORED_LABEL, summed_cross_entropy
 from mtnlg.model.moe import Experts, MixtureOfExperts
 from mtnlg.model.router import Router
@@ -18,6 +23,7 @@ __all__ = [
     "KeyValueCache",
     "MegatronLmDecoder",
     "MixtureOfExperts",
+    "NoInitialization",
     "Router",
     "initial_expert",
     "initial_value",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mtnlg.config import MegatronModelConfig
 
@@ -21,6 +23,21 @@ _RESIDUAL_OUTPUTS = (
     "mlp.shared.down.weight",
     "mlp.experts.down",
 )
+
+
+class NoInitialization(TorchFunctionMode):
+    """While this lasts, new modules keep their memory as it is, for weights that are loaded next.
+
+    On the meta device, torch's own initialisation does nothing but import its compiler, for a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leave out what ``torch.nn.init`` does."""
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def initial_std(name: str, config: MegatronModelConfig) -> float:
