@@ -112,7 +112,15 @@ def test_logits_that_are_not_numbers_are_refused(rules):
         choose_tokens(torch.full((1, 4), float("nan")), rules, row_generators(0, 1))
 
 
-NUMBERS = "temperature top_p min_p typical_p repetition_penalty frequency_penalty presence_penalty".split()
+NUMBERS = [
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+]
 COUNTS = ["top_k", "no_repeat_ngram_size", "seed"]
 
 
