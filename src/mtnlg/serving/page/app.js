@@ -14,7 +14,8 @@ import { AnswerStream } from "./stream.js";
 import { fillWords, getLanguage, isChinese, say, setLanguage } from "./words.js";
 import { View } from "./view.js";
 
-const SAVE_EVERY_MS = 1000;
+const SAVE_EVERY_MS = 2000;
+const REST = 3; // after a drawing, so many times what it took
 const THEMES = ["auto", "light", "dark"];
 const THEME_ICONS = { auto: "auto", light: "sun", dark: "moon" };
 
@@ -263,22 +264,27 @@ class App {
     if (failure && !failure.kind) throw failure; // a fault of the page's own: let it be seen
   }
 
-  /** What happens at each arrival: draw once a frame, keep once a second. */
+  /** What happens at each arrival: draw, but never most of the time; keep now and then. */
   growing(conversation, message) {
     let isDue = false;
+    let nextDraw = 0;
     let kept = performance.now();
     const drawNow = () => {
       isDue = false;
       if (conversation !== this.conversation || !this.streams.has(conversation.id)) return;
+      const began = performance.now();
       this.view.grow(message);
       this.view.drawFoot(message);
+      const now = performance.now();
+      nextDraw = now + REST * (now - began);
     };
     return (text) => {
+      const now = performance.now();
       if (conversation === this.conversation) this.announcer.hear(text);
-      if (!isDue) requestAnimationFrame(drawNow);
+      if (!isDue) setTimeout(() => requestAnimationFrame(drawNow), Math.max(0, nextDraw - now));
       isDue = true;
-      if (performance.now() - kept > SAVE_EVERY_MS) {
-        kept = performance.now();
+      if (now - kept > SAVE_EVERY_MS) {
+        kept = now;
         this.save(conversation);
       }
     };

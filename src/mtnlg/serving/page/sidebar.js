@@ -19,6 +19,9 @@ export class Sidebar {
     byId("close-sidebar").addEventListener("click", () => this.toggle(false));
     byId("scrim").addEventListener("click", () => this.toggle(false));
     this.panel.addEventListener("keydown", (event) => this.onKey(event));
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && this.panel.classList.contains("open")) this.toggle(false);
+    });
   }
 
   get isDrawer() {
@@ -42,10 +45,6 @@ export class Sidebar {
   }
 
   onKey(event) {
-    if (event.key === "Escape" && this.panel.classList.contains("open")) {
-      this.toggle(false);
-      event.stopPropagation();
-    }
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (!step || !event.target.matches(".pick")) return;
     const picks = Array.from(this.list.querySelectorAll(".pick"));

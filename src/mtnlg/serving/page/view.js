@@ -74,10 +74,15 @@ export class View {
     wanted.forEach((block, at) => {
       const mark = `${block.kind} ${block.start} ${block.end} ${block.items?.length ?? 0}`;
       if (blocks[at]?.mark === mark) return;
+      if (block.kind === "plain" && blocks[at] && blocks[at].end <= block.end) {
+        put(blocks[at].node, blocks[at].end, block.end); // it only ever grows
+        Object.assign(blocks[at], { mark, end: block.end });
+        return;
+      }
       const node = block.kind === "plain" ? plainBlock(put, block) : withCopy(source, block, renderBlock(source, block, put, make));
       if (blocks[at]) blocks[at].node.replaceWith(node);
       else body.append(node);
-      blocks[at] = { mark, node };
+      blocks[at] = { mark, node, end: block.end };
     });
     for (const extra of blocks.splice(wanted.length)) extra.node.remove();
     body.classList.toggle("waiting", message.role === "assistant" && !source && this.context.isStreaming(message));
