@@ -18,7 +18,7 @@ from tests.serving.load import NAME, server_process, write_model
 from mtnlg.cli.main import main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ import httpx
 
 NAME = "tiny"
 TEXT = ["春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。", "the cat sat on the mat and the dog sat too. "]
-START_SECONDS, ANSWER_SECONDS = 120.0, 120.0
+START_SECONDS, ANSWER_SECONDS = 300.0, 300.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 WEIGHTS = {"whole": 30, "streamed": 25, "chat": 10, "leaves": 15, "deadline": 8, "bad": 9, "broken": 3}
 SAMPLE_SECONDS = 0.25
