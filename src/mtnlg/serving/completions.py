@@ -12,6 +12,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from mtnlg.generation.request import Generation, TokenEvent
+from mtnlg.generation.samples import best_samples
 from mtnlg.serving import logprobs
 from mtnlg.serving.errors import invalid
 from mtnlg.serving.jobs import FINISH_REASONS, Job
@@ -145,9 +146,7 @@ class Answer:
         n, tried, found = self._body.n or 1, self._num_tried, []
         for row in range(len(self._prompts)):
             candidates = self._job.generations[row * tried : (row + 1) * tried]
-            if tried > n:
-                candidates = sorted(candidates, key=_mean_logprob, reverse=True)[:n]
-            found += [(generation, row) for generation in candidates]
+            found += [(generation, row) for generation in best_samples(candidates, n)]
         return found
 
     def _choice(self, number: int, generation: Generation, row: int) -> dict[str, Any]:
@@ -205,8 +204,3 @@ class Answer:
         if options is None or not options.include_usage:
             return ""
         return as_event({**self._head, "choices": [], "usage": self._job.usage()})
-
-
-def _mean_logprob(generation: Generation) -> float:
-    found = [entry.logprob or 0.0 for entry in generation.logprobs]
-    return sum(found) / len(found) if found else 0.0
