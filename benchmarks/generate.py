@@ -95,12 +95,12 @@ def main() -> None:
             for contender in contenders:
                 contender.measure(batch, arguments.new, prompts)
                 time.sleep(arguments.pause)
+        text = report(arguments, number + 1, contenders, missing)
+        if arguments.output:
+            Path(arguments.output).write_text(text)
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
     for contender in contenders:
         contender.process.kill()
-    text = report(arguments, contenders, missing)
-    if arguments.output:
-        Path(arguments.output).write_text(text)
     print(text)
 
 
@@ -193,7 +193,9 @@ def start_one(name: str, words: list[str], threads: int) -> Contender:
     return Contender(name, process, str(json.loads(line)["ready"]))
 
 
-def report(arguments: argparse.Namespace, contenders: list[Contender], missing: dict[str, str]) -> str:
+def report(
+    arguments: argparse.Namespace, rounds: int, contenders: list[Contender], missing: dict[str, str]
+) -> str:
     import torch
 
     versions = {}
@@ -203,8 +205,11 @@ def report(arguments: argparse.Namespace, contenders: list[Contender], missing: 
         "# Generation, tokens/s",
         "",
         f"{date.today()}, {processor()}, {os.cpu_count()} cores, {arguments.threads} threads, torch "
-        f"{torch.__version__}, medians of {arguments.rounds} alternating rounds. "
+        f"{torch.__version__}, medians of {rounds} alternating rounds. "
         "`python benchmarks/generate.py`",
+        "",
+        f"Load average at the end: {os.getloadavg()[0]:.1f}. Where it is far above the number of cores, "
+        "other work was running: compare within a table, and do not quote the rates.",
         "",
         ", ".join(f"{peer} {version}" for peer, version in versions.items()) + ".",
         "",
