@@ -6,10 +6,11 @@
 Tokenizers of each size are trained on the standard library's sources, Python's documentation topics and
 the Chinese files named. First table: how long each library takes for the tokenizer (once), for a rule
 (median of --repeat compilations), and for the mask before every token of documents that the rule allows
-(median, 99th percentile, worst), on the same tokens, in processor time. Second table: decode steps of a
-GPT-2-124M shape with random weights in mtnlg's engine, with and without a rule: what the rule adds to a
-step (mask, its application, the rule's own step; processor time), as a share of the model's fastest step
-(wall time), so that the share is rather too large than too small on a busy machine. xgrammar needs
+(median, 99th percentile, worst), on the same tokens, in processor time. Second table: what a rule
+adds to the choice of the next tokens (mask, its application, the rule's own step; processor time of 40
+steps on random logits, mean), as a share of a decode step of a GPT-2-124M shape with random weights
+(fastest of forty, wall time), so that the share is rather too large than too small on a busy machine.
+xgrammar needs
 `pip install xgrammar`; where it is missing it is named and left out.
 """
 
@@ -31,9 +32,11 @@ from encode import english
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.generation import EngineConfig
-from mtnlg.generation import Engine, GenerationRequest, SamplingRules
+from mtnlg.generation import GenerationRequest, SamplingRules
 from mtnlg.generation.choose_runner import make_runner
 from mtnlg.generation.constraints import constraint_from_options, default_end_ids, guided
+from mtnlg.generation.runner import Row
+from mtnlg.generation.sampler import SamplingState, sample
 from mtnlg.model import MegatronLmDecoder, initialize_weights
 from mtnlg.tokens import Tokenizer, read_documents
 
@@ -236,71 +239,63 @@ def make_model(vocab_size: int) -> MegatronLmDecoder:
     return model.eval()
 
 
-class TimedRunner:
-    """Times the model's part of a step in the processor time of the thread that asks."""
-
-    def __init__(self, runner: Any) -> None:
-        self.runner, self.own, self.wall = runner, 0.0, []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.runner, name)
-
-    def run(self, rows: Any) -> torch.Tensor:
-        began, wall = time.thread_time(), time.perf_counter()
-        logits = self.runner.run(rows)
-        self.wall.append(time.perf_counter() - wall)
-        self.own += time.thread_time() - began
-        return logits
+def model_step(model: MegatronLmDecoder, dtype: str, mode: str, batch: int) -> float:
+    """Wall seconds of the model's fastest step over so many sequences of 32 tokens."""
+    config = EngineConfig(dtype=dtype, max_batch_size=batch, cache_gib=0.5, compile=mode)
+    runner = make_runner(model, config)
+    pages = [[2 * row, 2 * row + 1, 2 * row + 2] for row in range(0, 2 * batch, 2)]
+    fastest = float("inf")
+    for _ in range(40):
+        rows = [Row([100], 31, own) for own in pages]
+        began = time.perf_counter()
+        runner.run(rows)
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
 
 
-def run_batch(engine: Engine, runner: TimedRunner, constraint: Any, rows: int, tokens: int) -> float:
-    """Processor seconds of a step outside the model, over a batch of ``rows`` equal requests."""
-    requests = [
-        GenerationRequest(
-            [100 + i, 101, 102],
-            SamplingRules(temperature=1.0, top_p=0.95, seed=i),
-            max_new_tokens=tokens,
-            constraint=constraint,
-        )
-        for i in range(rows)
+def sampling_seconds(constraint: Any, vocab_size: int, rows: int, seed: int) -> float:
+    """Processor seconds of choosing a token for each row and of moving on by it, on random logits."""
+    generator = torch.Generator().manual_seed(seed)  # so that no text comes twice
+    rules = [SamplingRules(temperature=1.0, top_p=0.95, seed=row) for row in range(rows)]
+    states = [
+        SamplingState.of_request(GenerationRequest([1], rule, constraint=constraint)) for rule in rules
     ]
-    generations = [engine.submit(request) for request in requests]
-    engine.step()  # the prompt
-    steps, runner.own, began = 0, 0.0, time.thread_time()
-    while not any(generation.is_finished for generation in generations):
-        engine.step()
-        steps += 1
-    outside = (time.thread_time() - began - runner.own) / steps
-    for generation in generations:
-        generation.cancel()
-    while engine.step():
-        continue
-    return outside
+    seconds = []
+    for _ in range(40):
+        logits = torch.randn(rows, vocab_size, generator=generator)
+        began = time.thread_time()
+        for state, sampled in zip(states, sample(logits, states)):
+            assert sampled.error is None, sampled.error
+            state.accept(sampled.token)
+        seconds.append(time.thread_time() - began)
+        for row, state in enumerate(states):  # those that are at their end begin again
+            if state.constraint is not None and state.constraint.is_complete:
+                request = GenerationRequest([1], rules[row], constraint=constraint)
+                states[row] = SamplingState.of_request(request)
+    return statistics.mean(seconds)
 
 
 def engine_rows(
     size: int, tokenizer: Tokenizer, dtypes: list[str], batches: list[int], rounds: int, mode: str
 ) -> list[str]:
     rows = []
+    threads = torch.get_num_threads()
     model = make_model(tokenizer.vocab_size)
-    for dtype in dtypes:
-        config = EngineConfig(
-            dtype=dtype, max_batch_size=max(batches), cache_gib=0.5, prefix_cache=False, compile=mode
-        )
-        runner = TimedRunner(make_runner(model, config))
-        engine = Engine(model, tokenizer.decode, config, runner)
-        for batch in batches:
-            run_batch(engine, runner, None, batch, 16)  # whatever is done once
-            runner.wall = []
-            added: dict[str, list[float]] = {name: [] for name in LONG_RULES}
-            for _ in range(rounds):
-                plain = run_batch(engine, runner, None, batch, 24)
-                for name, (kind, value) in LONG_RULES.items():
-                    rule = constraint_from_options(tokenizer, tokenizer.vocab_size, kind, value)
-                    added[name].append(run_batch(engine, runner, rule, batch, 24) - plain)
-            step = min(runner.wall)
-            for name, seconds in added.items():
-                cost = statistics.median(seconds)
+    for batch in batches:
+        added: dict[str, list[float]] = {name: [] for name in LONG_RULES}
+        torch.set_num_threads(1)  # threads that wait for each other would count as work
+        for number in range(rounds + 1):
+            plain = sampling_seconds(None, tokenizer.vocab_size, batch, number)
+            for name, (kind, value) in LONG_RULES.items():
+                rule = constraint_from_options(tokenizer, tokenizer.vocab_size, kind, value)
+                seconds = sampling_seconds(rule, tokenizer.vocab_size, batch, number)
+                if number:  # the first warms up
+                    added[name].append(seconds - plain)
+        torch.set_num_threads(threads)
+        for dtype in dtypes:
+            step = model_step(model, dtype, mode, batch)
+            for name, costs in added.items():
+                cost = statistics.median(costs)
                 rows.append(
                     f"| {size:,} | {dtype} | {batch} | {name} | {step * 1e3:.1f} ms | {cost * 1e6:.0f} µs "
                     f"| {cost / step:.1%} |"
