@@ -64,7 +64,7 @@ class Vocabulary:
         decoder, found, length = _Utf8("replace"), [], text_before
         for token in tokens:
             content = b"" if token in self._special else self.bytes_of(token)
-            is_cut = bool(decoder.getstate()[0]) and content and not 0x80 <= content[0] < 0xC0
+            is_cut = bool(decoder.getstate()[0] and content) and not 0x80 <= content[0] < 0xC0
             found.append(length + is_cut)  # half a character that is never finished is U+FFFD
             length += len(decoder.decode(content))
         return found
