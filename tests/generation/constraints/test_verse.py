@@ -124,7 +124,7 @@ def may_take(constraint, state, token, content):
             return False
         if len(rest) < length:
             return any(rules.step(place, letter) for letter in letters_that_begin_with(rest))
-        letter = alphabet().number.get(rest[:length].decode("utf-8", "ignore"), -1)
+        letter = alphabet().number.get(rest[:length].decode("utf-8", "replace"), -1)
         place = rules.step(place, letter)
         if place is None:
             return False
@@ -150,6 +150,12 @@ def test_the_mask_is_what_trying_each_token_says(tokenizer, value):
             ]
             state.accept(chance.choices(sorted(allowed), weights)[0])
         assert allowed_tokens(state, tokenizer) == set(constraint.end_ids)
+
+
+def test_a_letter_cut_short_is_no_letter():
+    from mtnlg.generation.constraints.verse.tokens import _piece
+
+    assert _piece(b"\xe9\x9f\n") is None and _piece("山\n".encode()) is not None
 
 
 def test_a_copy_goes_its_own_way():

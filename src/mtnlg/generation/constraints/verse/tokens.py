@@ -109,7 +109,7 @@ class VerseTokens:
     @staticmethod
     def letter_of(content: bytes) -> int:
         """The number of the letter with these bytes; -1 if it is none of the alphabet."""
-        return alphabet().number.get(content.decode("utf-8", "ignore"), -1)
+        return alphabet().number.get(content.decode("utf-8", "replace"), -1)
 
     def _following(self, pending: bytes) -> Iterator[tuple[int, tuple[int, ...], bytes]]:
         wanted = letter_length(pending[0])
@@ -185,7 +185,7 @@ def _piece(content: bytes) -> Piece | None:
         part = content[place : place + length]
         if len(part) < length:
             return Piece(lead, tuple(letters), part) if _could_begin(part) else None
-        letter = number.get(part.decode("utf-8", "ignore")) if length else None
+        letter = number.get(part.decode("utf-8", "replace")) if length else None
         if letter is None:
             return None
         letters.append(letter)
