@@ -51,12 +51,20 @@ class AttentionKernel:
         is_invariant: a token's numbers may never depend on other tokens, nor change when the compiler
             is done: ``auto`` then compiles before the first step too.
 
+        and_then: compiled after it, at the same time.
+
     Attributes:
         step: :func:`attend_step`, as soon as it is compiled.
     """
 
-    def __init__(self, shape: KernelShape, mode: str, is_invariant: bool) -> None:
-        self.shape, self.is_invariant = shape, is_invariant
+    def __init__(
+        self,
+        shape: KernelShape,
+        mode: str,
+        is_invariant: bool,
+        and_then: Callable[[], None] | None = None,
+    ) -> None:
+        self.shape, self.is_invariant, self._and_then = shape, is_invariant, and_then
         self._kernel: Kernel | None = None
         self.step: Kernel | None = None
         self._calls_left = CALLS_BEFORE_COMPILING if mode == "auto" and not is_invariant else -1
@@ -92,6 +100,8 @@ class AttentionKernel:
             if not self.is_invariant:
                 self.step = compiled_kernel(attend_step, self.shape)
             self._kernel = compiled_kernel(attend_pages, self.shape)
+            if self._and_then is not None:
+                self._and_then()
         except Exception as error:  # whatever the compiler lacks: the plain form gives the same
             if is_wanted:
                 raise

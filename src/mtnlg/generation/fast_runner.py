@@ -12,6 +12,7 @@ from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
 from mtnlg.generation.linears import fewest_rows
 from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared import PreparedDecoder
+from mtnlg.generation.row_counts import filled_up
 from mtnlg.generation.runner import PAGE_SIZE, Row
 from mtnlg.generation.step_plan import Piece, StepPlan, plan_step
 from mtnlg.model import MegatronLmDecoder
@@ -20,7 +21,9 @@ from mtnlg.model import MegatronLmDecoder
 class FastRunner:
     """Runs all rows of a step through prepared weights (:class:`~mtnlg.generation.runner.Runner`).
 
-    Beside the model it holds a packed copy of its matrices (``weight_bytes``) and the pages.
+    Beside the model it holds a packed copy of its matrices (``weight_bytes``) and the pages; unless
+    ``compile`` is off, another copy of those that the model does not have in the form in which single
+    rows read them (other dtypes; queries, keys and values side by side).
 
     Args:
         model: a decoder that :func:`~mtnlg.generation.prepared.can_prepare` allows.
@@ -54,8 +57,12 @@ class FastRunner:
         }
         queries = config.num_attention_heads // heads
         shape = KernelShape(heads, queries, size, page_size, self.dtype, self.device.type)
-        self.kernel = AttentionKernel(shape, compile, deterministic)
+        # A row's numbers must not depend on whether it is alone.
+        self._keeps_rows = compile != "off" and not deterministic and self.device.type == "cpu"
+        self._has_row_kernels = False
         self.refresh()
+        then = self._compile_rows if self._keeps_rows else None
+        self.kernel = AttentionKernel(shape, compile, deterministic, then)
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -63,7 +70,20 @@ class FastRunner:
 
         Keys and values that pages hold were computed with the old ones: forget them too.
         """
-        self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest)
+        was_compiled = self._has_row_kernels
+        self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._keeps_rows)
+        self._has_row_kernels = False
+        if was_compiled:
+            self._compile_rows()
+
+    def _compile_rows(self) -> None:
+        self._decoder.compile_rows()
+        self._has_row_kernels = True
+
+    def _fewest_of(self, rows: Sequence[Row]) -> int:
+        """Rows of products that a step should have at least."""
+        is_alone = len(rows) == 1 and len(rows[0].ids) == 1
+        return 1 if is_alone and self._has_row_kernels else self._fewest
 
     @property
     def weight_bytes(self) -> int:
@@ -81,7 +101,7 @@ class FastRunner:
         ]
         if not wanted:
             return torch.empty(0, self.vocab_size, device=self.device)
-        padded = wanted + [0] * (self._fewest - len(wanted))
+        padded = wanted + [0] * (filled_up(len(wanted), self._fewest_of(rows)) - len(wanted))
         last = self._decoder.norm(hidden[torch.tensor(padded, device=self.device)])
         return self._decoder.output(last)[: len(wanted)].float()
 
@@ -100,7 +120,7 @@ class FastRunner:
             pool.copy(of, to)
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
-        plan = plan_step(rows, self.page_size, self._fewest, self.is_invariant, self.device)
+        plan = plan_step(rows, self.page_size, self._fewest_of(rows), self.is_invariant, self.device)
 
         def attend(layer: int, projected: Tensor) -> Tensor:
             return attend_rows(plan, self.kernel, self._pools[layer], projected)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtnlg.generation.linears import Linear, make_linear
+from mtnlg.generation.row_counts import filled_up
 from mtnlg.model import DecoderLayer, MegatronLmDecoder
 from mtnlg.model.attention import Attention, scaled_dot_product
 from mtnlg.model.decoder import Embedding, Head
@@ -106,6 +107,15 @@ class PreparedMlp:
             between = self.up(rows, self.activation)
         return self.down(between, plus=plus)
 
+    def compile_rows(self) -> None:
+        """Have kernels made for single rows."""
+        if self.gate is not None:
+            self.gate.compile_row(self.activation)
+            self.up.compile_row(other="times")
+        else:
+            self.up.compile_row("relu" if self.activation == "squared_relu" else self.activation)
+        self.down.compile_row(other="plus")
+
     @property
     def linears(self) -> list[Linear]:
         """Its matrices."""
@@ -145,7 +155,7 @@ class PreparedExperts:
         return mixed if plus is None else mixed + plus
 
     def _run(self, expert: PreparedMlp, rows: Tensor) -> Tensor:
-        missing = self.fewest - len(rows)
+        missing = filled_up(len(rows), self.fewest) - len(rows)
         return expert(F.pad(rows, (0, 0, 0, missing)))[: len(rows)] if missing > 0 else expert(rows)
 
     @property
@@ -158,15 +168,22 @@ class PreparedExperts:
 class PreparedLayer:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, layer: DecoderLayer, activation: str, dtype: torch.dtype, fewest: int) -> None:
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        activation: str,
+        dtype: torch.dtype,
+        fewest: int,
+        keeps_rows: bool = False,
+    ) -> None:
         attention = layer.attention
         self.index, self.head_size = attention.layer_index, attention.head_size
         self.attention_norm = PreparedNorm(layer.attention_norm, dtype)
         self.mlp_norm = PreparedNorm(layer.mlp_norm, dtype)
         three = (attention.query, attention.key, attention.value)
         self.sizes = [linear.out_features for linear in three]
-        self.query_key_value = _prepared_linear(three, dtype)
-        self.output = _prepared_linear([attention.output], dtype)
+        self.query_key_value = _prepared_linear(three, dtype, keeps_rows)
+        self.output = _prepared_linear([attention.output], dtype, keeps_rows)
         self.query_norm = self.key_norm = None
         if attention.query_norm is not None and attention.key_norm is not None:
             self.query_norm = PreparedNorm(attention.query_norm, dtype)
@@ -175,7 +192,7 @@ class PreparedLayer:
         if isinstance(layer.mlp, MixtureOfExperts):
             self.mlp = PreparedExperts(layer.mlp, activation, dtype, fewest)
         else:
-            self.mlp = _prepared_mlp(layer.mlp, activation, dtype)
+            self.mlp = _prepared_mlp(layer.mlp, activation, dtype, keeps_rows)
 
     def __call__(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]"""
@@ -197,6 +214,13 @@ class PreparedLayer:
             both = projected[:, : sum(self.sizes[:2])].unflatten(1, (-1, self.head_size))
             both.copy_(rotate(both, rotation))
 
+    def compile_rows(self) -> None:
+        """Have kernels made for single rows."""
+        self.query_key_value.compile_row()
+        self.output.compile_row(other="plus")
+        if isinstance(self.mlp, PreparedMlp):
+            self.mlp.compile_rows()
+
     @property
     def linears(self) -> list[Linear]:
         """Its matrices."""
@@ -210,9 +234,13 @@ class PreparedDecoder:
         model: as :func:`can_prepare` allows; its embeddings are used where they lie.
         dtype: to compute in.
         fewest: rows that a product should have at least.
+        keeps_rows: single rows will have kernels of their own (:meth:`compile_rows`), for which the
+            matrices stay in memory as they are too.
     """
 
-    def __init__(self, model: MegatronLmDecoder, dtype: torch.dtype, fewest: int) -> None:
+    def __init__(
+        self, model: MegatronLmDecoder, dtype: torch.dtype, fewest: int, keeps_rows: bool = False
+    ) -> None:
         assert model.embedding is not None and model.head is not None
         self.config, self.dtype = model.config, dtype
         activation = model.config.activation_function
@@ -222,9 +250,19 @@ class PreparedDecoder:
         self.layers: list[PreparedLayer] = []
         for layer in model.layers.values():
             assert isinstance(layer, DecoderLayer)
-            self.layers.append(PreparedLayer(layer, activation, dtype, fewest))
+            self.layers.append(PreparedLayer(layer, activation, dtype, fewest, keeps_rows))
         self.norm = PreparedNorm(model.head.norm, dtype)
-        self.output = _prepared_linear([model.head.output], dtype)
+        self.output = _prepared_linear([model.head.output], dtype, keeps_rows)
+
+    def compile_rows(self) -> None:
+        """Have kernels made for single rows; takes seconds the first time.
+
+        Raises:
+            Exception: whatever the compiler finds missing.
+        """
+        for layer in self.layers:
+            layer.compile_rows()
+        self.output.compile_row()
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """After the last layer, before the final norm: [tokens] → [tokens, hidden]"""
@@ -250,12 +288,15 @@ def _linear(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = tor
     return make_linear([weight], [bias], dtype, ACTIVATION_FUNCTIONS)
 
 
-def _prepared_linear(modules: list[nn.Linear] | tuple[nn.Linear, ...], dtype: torch.dtype) -> Linear:
+def _prepared_linear(
+    modules: list[nn.Linear] | tuple[nn.Linear, ...], dtype: torch.dtype, keeps_rows: bool = False
+) -> Linear:
     biases = [None if module.bias is None else module.bias.detach() for module in modules]
-    return make_linear([module.weight.detach() for module in modules], biases, dtype, ACTIVATION_FUNCTIONS)
+    weights = [module.weight.detach() for module in modules]
+    return make_linear(weights, biases, dtype, ACTIVATION_FUNCTIONS, keeps_rows)
 
 
-def _prepared_mlp(mlp: Mlp, activation: str, dtype: torch.dtype) -> PreparedMlp:
-    gate = None if mlp.gate is None else _prepared_linear([mlp.gate], dtype)
-    up, down = _prepared_linear([mlp.up], dtype), _prepared_linear([mlp.down], dtype)
+def _prepared_mlp(mlp: Mlp, activation: str, dtype: torch.dtype, keeps_rows: bool = False) -> PreparedMlp:
+    gate = None if mlp.gate is None else _prepared_linear([mlp.gate], dtype, keeps_rows)
+    up, down = (_prepared_linear([module], dtype, keeps_rows) for module in (mlp.up, mlp.down))
     return PreparedMlp(up, gate, down, activation)

@@ -16,6 +16,7 @@ from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
 from mtnlg.generation.fast_runner import attend_rows
 from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared_stage import PreparedStage
+from mtnlg.generation.row_counts import filled_up
 from mtnlg.generation.runner import Row
 from mtnlg.generation.step_plan import StepPlan, plan_step
 from mtnlg.parallel.mesh import Mesh
@@ -138,7 +139,7 @@ class StageRunner:
         ]
         if not wanted:
             return None
-        padded = wanted + [0] * (self.stage.fewest - len(wanted))
+        padded = wanted + [0] * (filled_up(len(wanted), self.stage.fewest) - len(wanted))
         chosen = self.stage.norm(hidden[torch.tensor(padded, device=self.stage.device)])
         return (self.stage.output(chosen) if gives_logits else chosen)[: len(wanted)]
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtnlg.generation.row_counts import filled_up
 from mtnlg.generation.runner import Row
 
 FEWEST_OF_A_PIECE = 16  # new tokens of a row from which on its queries go through attention together
@@ -84,7 +85,7 @@ def plan_step(
     Args:
         rows: of the step.
         page_size: tokens of a page.
-        fewest: rows of zeros fill up to so many tokens.
+        fewest: tokens that a step should have at least; rows of zeros fill up (:func:`filled_up`).
         only_singles: every token attends for itself, so that it does not matter how a prompt was cut.
         device: of the model.
     """
@@ -118,7 +119,7 @@ def plan_step(
             begin += count
     where = np.empty(len(order), dtype=np.int64)
     where[order] = np.arange(len(order))
-    filling = np.zeros(max(0, fewest - len(ids)), dtype=np.int64)
+    filling = np.zeros(filled_up(len(ids), fewest) - len(ids), dtype=np.int64)
     return StepPlan(
         len(ids),
         torch.from_numpy(np.concatenate([ids, filling])).to(device),
@@ -143,7 +144,7 @@ def _plan_of_single_tokens(
     longest = max(num_pages)
     if longest * len(rows) - sum(num_pages) > SMALL_PAGES or len(rows) > MOST_SINGLES:
         return None
-    filling = [0] * (fewest - len(rows))
+    filling = [0] * (filled_up(len(rows), fewest) - len(rows))
     starts = [row.start for row in rows]
     numbers = torch.tensor([[*(row.ids[0] for row in rows), *filling], [*starts, *filling]])
     tables = torch.tensor(
