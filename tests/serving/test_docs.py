@@ -1,4 +1,4 @@
-"""Every request of docs/serve.md and docs/api.md, to a real server; every option and error they name."""
+"""Every request that the pages show, to a real server; every option and error they name."""
 
 import re
 import shutil
@@ -13,6 +13,7 @@ from mtnlg.config.serving import ServerConfig
 from mtnlg.serving.keys import Keys
 
 ROOT = Path(__file__).resolve().parents[2]
+FRONT_PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 SERVE, API = ROOT / "docs" / "serve.md", ROOT / "docs" / "api.md"
 ADDRESS = "http://127.0.0.1:8000"
 
@@ -23,18 +24,42 @@ def demo(start):
         yield running
 
 
+@pytest.fixture(scope="module")
+def mine(start):
+    with start(name="mine") as running:
+        yield running
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("page", FRONT_PAGES, ids=["english", "chinese"])
+def test_requests_of_a_front_page_are_answered(mine, page, capsys):
+    commands = [line for line in shell_commands(page) if line.startswith("curl")]
+    assert commands
+    for line in commands:
+        ask(line, mine.url)
+    examples = [code for code in blocks(page, "python") if ADDRESS in code]
+    assert examples
+    for code in examples:
+        exec(compile(code.replace(ADDRESS, mine.url), page.name, "exec"), {})
+        assert capsys.readouterr().out
+
+
+def ask(line, url):
+    words, _ = split_command(line.replace(ADDRESS, url))
+    done = subprocess.run(
+        [*words, "--fail-with-body", "--silent"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, (line, done.stdout, done.stderr)
+    assert done.stdout
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("page", [SERVE, API], ids=["serve", "api"])
 def test_requests_of_a_page_are_answered(demo, page):
     commands = [line for line in shell_commands(page) if line.startswith("curl")]
     assert len(commands) >= 3
     for line in commands:
-        words, _ = split_command(line.replace(ADDRESS, demo.url))
-        done = subprocess.run(
-            [*words, "--fail-with-body", "--silent"], capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, (line, done.stdout, done.stderr)
-        assert done.stdout
+        ask(line, demo.url)
 
 
 @pytest.mark.parametrize("page", [SERVE, API], ids=["serve", "api"])
