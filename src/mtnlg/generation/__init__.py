@@ -1,4 +1,4 @@
-"""From logits to sequences: sampling rules, the key-value cache, the loop, streamed text."""
+"""From prompts to sequences: the engine, its memory and runners, sampling, searches, rules, dialogue."""
 
 from mtnlg.generation.distribution import choose_tokens, token_probabilities
 from mtnlg.generation.engine import Engine, EngineClosedError, QueueFullError
