@@ -348,3 +348,27 @@ def test_a_fault_of_ours_tells_nothing(start, monkeypatch):
 def test_unknown_fields_are_left_out_where_that_is_wanted(start):
     with start(ignore_unknown_fields=True) as running:
         assert running.post("/v1/completions", {**TEXT, "use_beam_search": False}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"guided_json": {"$ref": "#"}},
+        {"guided_grammar": "start: start"},
+        {"guided_grammar": 'root ::= "a" root', "max_tokens": 3},
+        {"guided_regex": "(((a{100}){100}){100})"},
+        {"guided_regex": "a{9}", "no_repeat_ngram_size": 1},
+    ],
+)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_rules_that_lead_nowhere_are_no_fault_of_the_server(running, rule, is_streamed):
+    body = {"model": NAME, **TEXT, "temperature": 0, **rule, "stream": is_streamed}
+    answer = running.post("/v1/completions", body)
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        error = json.loads(answer.text.strip().rpartition("data: ")[2])["error"]
+    else:
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+    assert error["code"] == "invalid_value"
+    assert error["type"] == "invalid_request_error"
+    assert running.get("/ready").status_code == 200

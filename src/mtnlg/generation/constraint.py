@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtnlg.config.errors import MtnlgError
+
 WORD_BITS = 32
+
+
+class DeadEndError(MtnlgError):
+    """What a request asks for allows no next token: its rules, alone or together, lead nowhere."""
 
 
 class ConstraintState(Protocol):

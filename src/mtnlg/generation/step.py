@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mtnlg.config.errors import MtnlgError
+from mtnlg.generation.constraint import DeadEndError
 from mtnlg.generation.request import FinishReason, TokenEvent, TokenLogprobs
 from mtnlg.generation.runner import Row, Runner
-from mtnlg.generation.sampler import Sampled, many_logprobs
+from mtnlg.generation.sampler import NOTHING_LEFT, Sampled, many_logprobs
 from mtnlg.generation.scheduler import Running, Scheduler, Share
 from mtnlg.generation.speculation.verify import sample_drafted
 from mtnlg.generation.statistics import EngineStatistics
@@ -175,7 +176,7 @@ class Stepper:
         entry = share.entry
         try:
             if sampled.error is not None:
-                raise MtnlgError(sampled.error)
+                raise (DeadEndError if sampled.error == NOTHING_LEFT else MtnlgError)(sampled.error)
             self._take(entry, sampled)
         except Exception as error:
             self._fail(entry, error)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mtnlg.config.errors import ConfigError
+from mtnlg.generation.constraint import DeadEndError
 from mtnlg.generation.engine import EngineClosedError, QueueFullError
 from mtnlg.generation.request import FinishReason, Generation, GenerationRequest, TokenEvent
 from mtnlg.serving.errors import failed, invalid, out_of_time, queue_full, unavailable
@@ -76,7 +77,7 @@ class Job:
         """The next events, (sequence, event).
 
         Raises:
-            ApiError: 500 the engine failed; 503 it was stopped.
+            ApiError: 400 the request's rules lead nowhere; 500 the engine failed; 503 it was stopped.
         """
         found = await self.inbox.take()
         for index, event in found:
@@ -87,6 +88,9 @@ class Job:
 
     def _ended(self, generation: Generation, reason: FinishReason) -> None:
         self._state.metrics.observe(generation.usage, reason)
+        if isinstance(generation.error, DeadEndError):
+            message = f"The rules of this request lead nowhere: {generation.error}"
+            raise invalid(message, code="invalid_value")
         if reason == "error":
             log("engine_error", 40, request_id=self._visit.request_id, error=repr(generation.error))
             raise failed(self._visit.request_id)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mtnlg.config.errors import ConfigError, MtnlgError
+from mtnlg.config.errors import ConfigError
+from mtnlg.generation.constraint import DeadEndError, empty_bitmask
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -60,7 +61,7 @@ class GuidedState:
         """Write which tokens may come next into int32 [ceil(vocab / 32)].
 
         Raises:
-            MtnlgError: the rule has become too large to go on with.
+            DeadEndError: the rule has become too large to go on with.
         """
         assert bitmask.is_contiguous() and bitmask.numel() * 32 >= self._num_tokens
         self._matcher.unsafe_compute_mask_ptr(bitmask.data_ptr(), bitmask.numel() * 4)
@@ -70,7 +71,7 @@ class GuidedState:
         """Go on by a token that the mask allowed.
 
         Raises:
-            MtnlgError: it did not.
+            DeadEndError: it did not.
         """
         self._matcher.consume_token(token)
         self._check()
@@ -86,7 +87,8 @@ class GuidedState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise MtnlgError(f"the rule that guides generation failed: {self._matcher.get_error()}")
+            why = self._matcher.get_error().partition("\n")[0]  # then come pages of the parser's state
+            raise DeadEndError(f"the rule that guides generation failed: {why}")
 
 
 def compile_grammar(
@@ -111,7 +113,20 @@ def _compile(
     matcher = LLMatcher(_guided_tokenizer(definition, vocab_size, end_ids), grammar, log_level=0)
     if matcher.is_error():
         raise _error(kind, matcher.get_error())
-    return GuidedConstraint(matcher, vocab_size)
+    constraint = GuidedConstraint(matcher, vocab_size)
+    _check_beginning(constraint, vocab_size, kind)
+    return constraint
+
+
+def _check_beginning(constraint: GuidedConstraint, vocab_size: int, kind: str) -> None:
+    """Some rules show only at the first token that no text can keep them, or that they are too large."""
+    mask = empty_bitmask(1, vocab_size)[0]
+    try:
+        constraint.start().fill_mask(mask)
+    except DeadEndError as error:
+        raise _error(kind, str(error)) from error
+    if not mask.any():
+        raise _error(kind, "no text keeps it")
 
 
 @lru_cache(maxsize=4)
