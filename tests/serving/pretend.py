@@ -25,7 +25,7 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 MODEL = {"id": "pretend", "object": "model", "created": 0, "owned_by": "mtnlg"}
-SECONDS = 20  # a test that waits longer than this has failed
+SECONDS = 60  # a test that waits longer than this has failed
 
 
 def chat_chunk(text="", finish=None, token=None, others=()):

@@ -31,5 +31,5 @@ class Running:
 
     def __exit__(self, *_):
         self.server.stop()
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()

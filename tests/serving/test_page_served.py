@@ -40,7 +40,7 @@ def test_a_turn_and_a_reload(visit):
     answer = visit.ask("hello there")
     assert answer
     stats = visit.page.locator(".stats").inner_text()
-    assert "tokens/s" in stats or stats.startswith("1 tokens")
+    assert "tokens" in stats and "first after" in stats  # what arrives all at once has no rate
     visit.page.reload()
     visit.page.wait_for_selector(".assistant")
     assert visit.answers() == [answer]

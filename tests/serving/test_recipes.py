@@ -22,7 +22,7 @@ from mtnlg.serving.lifecycle import CUT_SECONDS
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "serve"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-SECONDS = 20
+SECONDS = 40
 
 
 class Steps:
