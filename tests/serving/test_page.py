@@ -228,6 +228,7 @@ def test_conversations_are_renamed_found_deleted_and_brought_back(visit, server)
     visit.page.get_by_role("button", name="Delete “Ships”").click()
     assert names() == ["about trains"]
     visit.page.get_by_role("button", name="Undo").click()
+    visit.page.locator(".user", has_text="about boats").wait_for()
     assert sorted(names()) == ["Ships", "about trains"]
     assert visit.texts("user") == ["about boats"]
 
