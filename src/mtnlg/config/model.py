@@ -7,13 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mtnlg.config.errors import ConfigError, NotYetError
-from mtnlg.config.moe import AUX_LOSS_COEFFICIENT, BIAS_UPDATE_RATE, expert_problems, mlp_weights
-
-GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu", *GATED_ACTIVATIONS)
-POSITION_EMBEDDINGS = ("learned", "rotary", "none")
-NORMALIZATIONS = ("layernorm", "rmsnorm")
-OUTPUT_LAYER_INIT_METHODS = ("scaled_normal", "normal", "zeros")
+from mtnlg.config.model_rules import GATED_ACTIVATIONS, choice_problems, range_problems, shape_problems
+from mtnlg.config.model_sizes import count_layer, count_parameters
+from mtnlg.config.moe import AUX_LOSS_COEFFICIENT, BIAS_UPDATE_RATE, expert_problems
 
 
 @dataclass
@@ -145,9 +141,9 @@ class MegatronModelConfig:
     router_bias_update_rate: float | None = None
 
     def __post_init__(self) -> None:
-        problems = _range_problems(self) + _choice_problems(self)
+        problems = range_problems(self) + choice_problems(self)
         if not problems:
-            problems = _shape_problems(self) + expert_problems(self)
+            problems = shape_problems(self) + expert_problems(self)
         if problems:
             raise ConfigError(problems)
         _refuse_what_is_not_yet(self)
@@ -224,111 +220,25 @@ class MegatronModelConfig:
     @property
     def num_parameters(self) -> int:
         """Trainable parameters, by formula; the tied head counts once."""
-        layers = range(self.num_hidden_layers)
-        return sum(map(self.num_parameters_of_layer, layers)) + self._num_end_parameters
+        return count_parameters(self)
 
     @property
     def num_active_parameters(self) -> int:
         """Those that one token goes through: of the experts only as many as it is sent to."""
-        layers = range(self.num_hidden_layers)
-        return sum(map(self.num_active_parameters_of_layer, layers)) + self._num_end_parameters
+        return count_parameters(self, active=True)
 
     @property
     def num_parameters_per_layer(self) -> int:
         """Trainable parameters of the last Transformer layer; in a dense model all have as many."""
-        return self.num_parameters_of_layer(self.num_hidden_layers - 1)
+        return count_layer(self, self.num_hidden_layers - 1)
 
     def num_parameters_of_layer(self, index: int) -> int:
         """Trainable parameters of one Transformer layer, by formula."""
-        return self._num_attention_parameters + mlp_weights(self, index) + self._num_bias_parameters
+        return count_layer(self, index)
 
     def num_active_parameters_of_layer(self, index: int) -> int:
         """Those of one layer that one token goes through."""
-        matrices = mlp_weights(self, index, active=True)
-        return self._num_attention_parameters + matrices + self._num_bias_parameters
-
-    @property
-    def _num_attention_parameters(self) -> int:
-        """Of the attention of one layer and of the layer's two norms."""
-        hidden, head = self.hidden_size, self.head_size
-        query = self.num_attention_heads * head
-        key_value = self.key_value_heads * head
-        attention = hidden * (query + 2 * key_value) + query * hidden
-        attention += (query + 2 * key_value) * self.attention_bias
-        attention += hidden * self.has_attention_output_bias
-        attention += 2 * head * self.qk_normalization
-        return attention + 2 * self._num_norm_parameters
-
-    @property
-    def _num_bias_parameters(self) -> int:
-        """Biases of one layer's MLP."""
-        up_matrices = 2 if self.is_gated else 1
-        return (up_matrices * self.ffn_size + self.hidden_size) * self.mlp_bias
-
-    @property
-    def _num_norm_parameters(self) -> int:
-        return self.hidden_size * (2 if self.normalization == "layernorm" else 1)
-
-    @property
-    def _num_end_parameters(self) -> int:
-        embedding = self.vocab_size * self.hidden_size
-        positions = self.max_position_embeddings * self.hidden_size
-        count = embedding + positions * (self.position_embedding == "learned")
-        return count + embedding * (not self.tie_word_embeddings) + self._num_norm_parameters
-
-
-def _range_problems(config: MegatronModelConfig) -> list[str]:
-    positive = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
-        "max_position_embeddings num_key_value_heads head_dim layernorm_eps init_method_std rotary_base"
-    )
-    problems = []
-    for name in positive.split():
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            problems.append(f"{name} is {value}: it must be greater than 0.")
-    for name in ("hidden_dropout", "attention_dropout"):
-        value = getattr(config, name)
-        if not 0.0 <= value < 1.0:
-            problems.append(f"{name} is {value}: it must be at least 0 and below 1.")
-    if not 0.0 < config.rotary_percent <= 1.0:
-        problems.append(f"rotary_percent is {config.rotary_percent}: it must be in (0, 1].")
-    return problems
-
-
-def _choice_problems(config: MegatronModelConfig) -> list[str]:
-    choices = {
-        "activation_function": ACTIVATIONS,
-        "position_embedding": POSITION_EMBEDDINGS,
-        "normalization": NORMALIZATIONS,
-        "output_layer_init_method": (None, *OUTPUT_LAYER_INIT_METHODS),
-    }
-    return [
-        f"{name} is {getattr(config, name)!r}: choose one of "
-        f"{', '.join(str(choice) for choice in valid if choice)}."
-        for name, valid in choices.items()
-        if getattr(config, name) not in valid
-    ]
-
-
-def _shape_problems(config: MegatronModelConfig) -> list[str]:
-    problems = []
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    if config.head_dim is None and hidden % heads:
-        problems.append(
-            f"num_attention_heads is {heads}: it must divide hidden_size ({hidden}), or give head_dim."
-        )
-    if heads % config.key_value_heads:
-        problems.append(
-            f"num_key_value_heads is {config.key_value_heads}: it must divide "
-            f"num_attention_heads ({heads})."
-        )
-    if config.position_embedding == "rotary" and config.rotary_dim < 2:
-        problems.append(
-            f"rotary_percent {config.rotary_percent} of a head of {config.head_size} dimensions "
-            "rotates nothing: raise it, or use position_embedding: none."
-        )
-    return problems
+        return count_layer(self, index, active=True)
 
 
 def _refuse_what_is_not_yet(config: MegatronModelConfig) -> None:

@@ -1,0 +1,1 @@
+"""Weights in few bits: linear layers over integers, and how the integers are chosen."""

@@ -1,0 +1,1 @@
+"""Fine-tuning: data of conversations and instructions, and what is trained on them."""
