@@ -123,8 +123,8 @@ PROVED_BY = {
 
 
 def test_every_setting_has_its_proof() -> None:
-    """The model's fields have theirs in tests/model/test_config_fields.py."""
-    settings = {name for name in setting_names(RunConfig) if not name.startswith("model.")}
+    """The model's fields have theirs in tests/model/test_config_fields.py, tuning's in tests/tuning."""
+    settings = {name for name in setting_names(RunConfig) if not name.startswith(("model.", "tuning."))}
     assert settings - set(CHANGED) - set(PROVED_BY) == set(), "show that the new setting does something"
     assert set(CHANGED) & set(PROVED_BY) == set()
     assert (set(CHANGED) | set(PROVED_BY)) - settings == set(), "these settings are gone"

@@ -26,6 +26,7 @@ from mtnlg.config.training import (
     StopConfig,
     TrainingConfig,
 )
+from mtnlg.config.tuning import DistillationConfig, TuningConfig
 
 __all__ = [
     "PRESETS",
@@ -36,6 +37,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DataError",
+    "DistillationConfig",
     "EngineConfig",
     "EvaluationConfig",
     "LayoutConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainingConfig",
     "TrainingError",
+    "TuningConfig",
     "layout_problems",
     "preset_fields",
 ]

@@ -9,6 +9,7 @@ import types
 import typing
 from typing import Any
 
+from mtnlg.config.errors import ConfigError
 from mtnlg.config.yaml_text import parse_value
 
 
@@ -20,8 +21,9 @@ def setting_names(config_class: type, prefix: str = "") -> list[str]:
     """The dotted names of all settings of a config class, sections first to last."""
     names = []
     for name, hint in field_types(config_class).items():
-        if dataclasses.is_dataclass(hint):
-            names += setting_names(typing.cast(type, hint), f"{prefix}{name}.")
+        section = section_class(hint)
+        if section is not None:
+            names += setting_names(section, f"{prefix}{name}.")
         else:
             names.append(f"{prefix}{name}")
     return names
@@ -31,6 +33,12 @@ def field_types(config_class: type) -> dict[str, Any]:
     """The type of each field of a config class, in order."""
     hints = typing.get_type_hints(config_class)
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def section_class(hint: Any) -> type | None:
+    """The config class of a field that holds settings itself, or may (``Config | None``)."""
+    found = [option for option in _alternatives(hint) if dataclasses.is_dataclass(option)]
+    return typing.cast(type, found[0]) if found else None
 
 
 def unknown_key(dotted: str, known: list[str]) -> str:
@@ -84,9 +92,29 @@ class Checker:
         item = _dataclass_of_list(hint)
         if item is not None:
             return self._entries(item, value, path)
+        section = section_class(hint)
+        if section is not None:
+            return self._section(section, type(None) in _alternatives(hint), value, path)
         if isinstance(value, OverrideText):
             value = _read_override(hint, value)
         return self._scalar(hint, value, path)
+
+    def _section(self, section: type, may_be_none: bool, value: Any, path: str) -> tuple[bool, Any]:
+        """A section inside a section; its class does not know where it stands."""
+        if isinstance(value, OverrideText):
+            value = parse_value(value)
+        if value is None and may_be_none:
+            return True, None
+        before = len(self.problems)
+        right = self.fields(section, value, path)
+        if len(self.problems) > before:
+            return False, None
+        try:
+            return True, section(**right)
+        except ConfigError as error:
+            for problem in error.problems:
+                self._problem(path, f"{path}.{problem}")
+            return False, None
 
     def _entries(self, entry_class: type, value: Any, path: str) -> tuple[bool, Any]:
         """A list of entries; a plain text stands for an entry with that path."""

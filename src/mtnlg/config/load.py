@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mtnlg.config.check import Checker, OverrideText, field_types, setting_names
+from mtnlg.config.check import Checker, OverrideText, field_types, section_class, setting_names
 from mtnlg.config.data import TokenizerConfig
 from mtnlg.config.errors import ConfigError, NotYetError
 from mtnlg.config.presets import preset_fields
@@ -41,7 +41,7 @@ def load_run_config(path: str | Path | None = None, overrides: Sequence[str] = (
     """
     values, places, problems = _read_recipe(path)
     _write_auto_out(values)
-    section_names = {name for name, hint in field_types(RunConfig).items() if _is_section(hint)}
+    section_names = {name for name, hint in field_types(RunConfig).items() if section_class(hint)}
     for name, text in _split_overrides(overrides):
         value = parse_value(text) if name in section_names else OverrideText(text)
         _place(values, name, value, problems)
@@ -137,12 +137,12 @@ def _build(values: dict[str, Any], places: dict[str, str], problems: list[str]) 
     vocab_size_is_open = _vocab_size_is_open(values)
     checker = Checker(setting_names(RunConfig))
     hints = field_types(RunConfig)
-    plain = {key: value for key, value in values.items() if not _is_section(hints.get(key))}
+    plain = {key: value for key, value in values.items() if section_class(hints.get(key)) is None}
     fields = checker.fields(RunConfig, plain, "")
     sections: dict[str, Any] = {
-        name: checker.fields(hints[name], values[name], name)
-        for name in hints
-        if _is_section(hints[name]) and values.get(name) is not None
+        name: checker.fields(section, values[name], name)
+        for name, hint in hints.items()
+        if (section := section_class(hint)) is not None and values.get(name) is not None
     }
     problems += [_placed(name, message, places) for name, message in checker.problems]
     sections["model"] = _with_preset(fields.get("preset"), sections.get("model", {}), problems)
@@ -158,10 +158,6 @@ def _build(values: dict[str, Any], places: dict[str, str], problems: list[str]) 
     if refusals:
         raise refusals[0]
     return RunConfig(**fields, **built)
-
-
-def _is_section(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint)
 
 
 def _placed(name: str, message: str, places: dict[str, str]) -> str:
@@ -200,18 +196,19 @@ def _build_sections(
     """Build every section; one with problems is built as it stands, for the rules across sections."""
     built, refusals = {}, []
     for name, hint in hints.items():
-        if not _is_section(hint):
-            continue
+        section = section_class(hint)
+        if section is None or (name not in sections and section is not hint):
+            continue  # plain, or a section that a run may be without
         values = sections[name] if name in sections else _default(name)
         try:
-            built[name] = hint(**values)
+            built[name] = section(**values)
         except ConfigError as error:
             prefix = "model." if name == "model" else ""
             problems += [prefix + problem for problem in error.problems]
-            built[name] = _unvalidated(hint, values)
+            built[name] = _unvalidated(section, values)
         except NotYetError as error:
             refusals.append(error)
-            built[name] = _unvalidated(hint, values)
+            built[name] = _unvalidated(section, values)
     return built, refusals
 
 

@@ -21,6 +21,7 @@ from mtnlg.config.training import (
     StopConfig,
     TrainingConfig,
 )
+from mtnlg.config.tuning import TuningConfig
 
 
 @dataclass
@@ -44,6 +45,7 @@ class RunConfig:
         checkpoint: what is kept.
         logging: metrics.
         training: the engine's switches.
+        tuning: the model that the run begins from and what of it is trained; ``None`` begins anew.
 
     Raises:
         ConfigError: naming every rule across sections that is broken.
@@ -65,6 +67,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    tuning: TuningConfig | None = None
 
     def __post_init__(self) -> None:
         problems = cross_section_problems(
