@@ -6,15 +6,18 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mtnlg.config.attention_rules import attention_problems, reach
+from mtnlg.config.encoder_decoder import encoder_decoder_problems
 from mtnlg.config.errors import ConfigError, NotYetError
 from mtnlg.config.model_rules import GATED_ACTIVATIONS, choice_problems, range_problems, shape_problems
 from mtnlg.config.model_sizes import count_layer, count_parameters
 from mtnlg.config.moe import AUX_LOSS_COEFFICIENT, BIAS_UPDATE_RATE, expert_problems
+from mtnlg.config.quantize import quantize_problems
 
 
 @dataclass
 class MegatronModelConfig:
-    """Architecture of an autoregressive Transformer decoder.
+    """Architecture of an autoregressive Transformer decoder, or of an encoder-decoder.
 
     The defaults are GPT-2's. ``None`` always means "derive it", and the derived value is what the
     properties named after each field return.
@@ -22,7 +25,7 @@ class MegatronModelConfig:
     Args:
         vocab_size: rows of the token embedding.
         hidden_size: width of the residual stream.
-        num_hidden_layers: number of Transformer layers.
+        num_hidden_layers: number of Transformer layers; an encoder-decoder's are the encoder's.
         num_attention_heads: query heads of each layer.
         intermediate_size: width of the MLP; ``None`` is ``4 * hidden_size``.
         max_position_embeddings: longest sequence (tokens); learned positions have this many rows.
@@ -36,23 +39,46 @@ class MegatronModelConfig:
         parallel_output: under tensor parallelism keep the logits split over the vocabulary and
             compute the loss on the shards; ``False`` gathers them first.
         activation_function: one of gelu, gelu_tanh, relu, squared_relu, silu, and the gated swiglu,
-            geglu, reglu.
+            geglu, geglu_tanh, reglu.
         pre_process_first: when layers are divided over pipeline stages, count the embedding as work
             of the first stage, which then gets fewer layers.
         post_process_last: likewise the head and the loss, for the last stage.
-        quantize: weight-only quantization of the linear layers for inference (not yet).
-        quantize_config: its options (not yet).
+        quantize: keep the matrices of the linear layers in few bits, for inference; trained from the
+            start or further, the run learns under that rounding (quantization-aware training).
+        quantize_config: in which, the fields of :class:`~mtnlg.config.quantize.QuantizeConfig`; ``None``
+            is int8 with a scale for each row.
         enable_input_require_grads: the embedding's output requires gradients, which adapters need
             under activation recomputation.
         prompt_tuning: train virtual tokens only (not yet), with the ``prompt_tuning_*`` options.
         num_key_value_heads: heads of keys and values (grouped-query attention); ``None`` is one for
             each query head.
         head_dim: size of one head; ``None`` is ``hidden_size / num_attention_heads``.
-        position_embedding: ``learned`` absolute, ``rotary``, or ``none``.
+        position_embedding: ``learned`` absolute, ``rotary``, ``alibi`` (a bias on the scores that grows
+            with distance, arXiv 2108.12409), or ``none``.
+        position_offset: learned positions begin at this row (OPT's at 2).
         rotary_base: base of the rotary frequencies (theta).
         rotary_percent: share of each head's dimensions that is rotated, in (0, 1].
-        normalization: ``layernorm`` or ``rmsnorm``; both before each sub-block (pre-LN).
+        rotary_scaling: how the frequencies are stretched for longer texts than those learned from:
+            ``rope_type`` (linear, dynamic, yarn, llama3 or longrope) and its numbers, under the names of
+            Hugging Face's ``rope_parameters``; ``None`` leaves them as they are.
+        rotary_local_base: base of layers with a window, whose frequencies are not scaled (Gemma 3);
+            ``None`` is that of all.
+        normalization: ``layernorm``, ``rmsnorm``, or ``rmsnorm_1p``, whose weights are stored less one
+            (Gemma).
+        norm_placement: ``before`` each sub-block (pre-LN), ``after`` its sum with the residual stream
+            (post-LN, without a last norm), or ``around`` it: before it and on its output (Gemma 2).
+        parallel_residual: attention and MLP read the same residual stream and are added to it together
+            (GPT-NeoX).
+        embedding_norm: a norm on the embeddings (BLOOM).
+        embedding_scale: what token embeddings are multiplied by; ``None`` is 1.
+        embedding_size: width of the token embedding and the head, with a projection to and from
+            ``hidden_size`` where they differ (OPT-350M); ``None`` is ``hidden_size``.
         tie_word_embeddings: the head shares the token embedding's matrix.
+        logit_softcap: logits are squeezed smoothly to between plus and minus this (Gemma 2).
+        attention_softcap: likewise the scores of attention.
+        attention_scalar: scores are divided by its square root; ``None`` is the size of a head.
+        sliding_window: tokens that attention sees, its own included; ``None`` is all before it.
+        full_attention_layers: numbers of layers that see everything all the same; ``None`` is no layer.
         attention_bias: biases on the query, key and value projections.
         attention_output_bias: bias on the attention's output projection; ``None`` follows
             ``attention_bias`` (Qwen2 has the former without the latter).
@@ -60,10 +86,23 @@ class MegatronModelConfig:
         qk_normalization: RMSNorm over each head's queries and keys (Qwen3).
         hidden_dropout: dropout after the embedding and on each sub-block's output.
         attention_dropout: dropout on the attention weights.
+        architecture: ``decoder``, or ``encoder_decoder`` (T5's kind, with relative positions).
+        num_decoder_layers: layers of an encoder-decoder's decoder; ``None`` is as many as the encoder's.
+        relative_attention_num_buckets: of distances that are told apart (``relative`` positions).
+        relative_attention_max_distance: tokens from which on all distances are alike.
+        relative_attention_per_layer: each layer has its own numbers for them (UMT5).
+        scale_output: divide what the head reads by ``sqrt(hidden_size)``; ``None`` does so where the head
+            is tied (T5 v1.0), otherwise not (v1.1).
+        decoder_start_token_id: what an encoder-decoder's decoder starts with.
+        pad_token_id: fills shorter rows; what the decoder reads where a label is ignored.
+        eos_token_id: ends what an encoder-decoder writes.
         num_experts: experts of each layer that has them (mixture of experts); ``None`` is a dense model.
         num_experts_per_token: experts that each token is sent to.
         moe_intermediate_size: width of one expert; ``None`` is that of the MLP.
         num_shared_experts: experts that every token goes through as well (DeepSeekMoE).
+        shared_expert_intermediate_size: width of all shared experts together; ``None`` is that many times
+            an expert's.
+        shared_expert_gate: what the shared experts give is weighted by a sigmoid of the token (Qwen2-MoE).
         num_dense_layers_first: layers at the beginning without experts.
         moe_layer_interval: of the others, every so many-th has experts (layer ``i`` where
             ``(i + 1) % interval`` is 0).
@@ -81,7 +120,7 @@ class MegatronModelConfig:
 
     Raises:
         ConfigError: naming every field that is out of range, all at once.
-        NotYetError: for quantization and prompt tuning.
+        NotYetError: for prompt tuning.
     """
 
     vocab_size: int = 50257
@@ -116,20 +155,44 @@ class MegatronModelConfig:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     position_embedding: str = "learned"
+    position_offset: int = 0
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
+    rotary_scaling: dict[str, Any] | None = None
+    rotary_local_base: float | None = None
     normalization: str = "layernorm"
+    norm_placement: str = "before"
+    parallel_residual: bool = False
+    embedding_norm: bool = False
+    embedding_scale: float | None = None
+    embedding_size: int | None = None
     tie_word_embeddings: bool = True
+    logit_softcap: float | None = None
+    attention_softcap: float | None = None
+    attention_scalar: float | None = None
+    sliding_window: int | None = None
+    full_attention_layers: list[int] | None = None
     attention_bias: bool = True
     attention_output_bias: bool | None = None
     mlp_bias: bool = True
     qk_normalization: bool = False
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    architecture: str = "decoder"
+    num_decoder_layers: int | None = None
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    relative_attention_per_layer: bool = False
+    scale_output: bool | None = None
+    decoder_start_token_id: int = 0
+    pad_token_id: int = 0
+    eos_token_id: int = 1
     num_experts: int | None = None
     num_experts_per_token: int = 2
     moe_intermediate_size: int | None = None
     num_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
     num_dense_layers_first: int = 0
     moe_layer_interval: int = 1
     router_score_function: str = "softmax"
@@ -143,7 +206,9 @@ class MegatronModelConfig:
     def __post_init__(self) -> None:
         problems = range_problems(self) + choice_problems(self)
         if not problems:
-            problems = shape_problems(self) + expert_problems(self)
+            problems = shape_problems(self) + attention_problems(self) + expert_problems(self)
+            problems += encoder_decoder_problems(self)
+            problems += quantize_problems(self.quantize, self.quantize_config)
         if problems:
             raise ConfigError(problems)
         _refuse_what_is_not_yet(self)
@@ -179,9 +244,50 @@ class MegatronModelConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def decoder_layers(self) -> int:
+        """Layers of an encoder-decoder's decoder, derived if need be; 0 where there is no encoder."""
+        if self.architecture == "decoder":
+            return 0
+        return self.num_decoder_layers or self.num_hidden_layers
+
+    @property
+    def total_layers(self) -> int:
+        """All Transformer layers: an encoder-decoder's encoder's first, then its decoder's."""
+        return self.num_hidden_layers + self.decoder_layers
+
+    @property
+    def scales_output(self) -> bool:
+        """Whether an encoder-decoder's head reads scaled states, derived if need be."""
+        return self.tie_word_embeddings if self.scale_output is None else self.scale_output
+
+    @property
     def rotary_dim(self) -> int:
         """Dimensions of one head that rotary positions turn (even)."""
         return int(self.head_size * self.rotary_percent) // 2 * 2
+
+    @property
+    def embedding_width(self) -> int:
+        """Width of the token embedding and of the head, derived if need be."""
+        return self.embedding_size or self.hidden_size
+
+    def window_of_layer(self, index: int) -> int | None:
+        """Tokens that attention of one layer sees; ``None`` is all."""
+        has_none = self.full_attention_layers is not None and index in self.full_attention_layers
+        return None if has_none else self.sliding_window
+
+    @property
+    def max_cached_length(self) -> int:
+        """Longest text (tokens) in which earlier keys stay right while it grows.
+
+        Some ways to scale rotary frequencies turn all tokens of a text differently as soon as it is longer
+        than those learned from; keys that were cached before do not fit any more.
+        """
+        return reach(self)
+
+    @property
+    def shared_expert_size(self) -> int:
+        """Width of all shared experts together, derived if need be."""
+        return self.shared_expert_intermediate_size or self.num_shared_experts * self.expert_ffn_size
 
     @property
     def init_std(self) -> float:
@@ -230,7 +336,7 @@ class MegatronModelConfig:
     @property
     def num_parameters_per_layer(self) -> int:
         """Trainable parameters of the last Transformer layer; in a dense model all have as many."""
-        return count_layer(self, self.num_hidden_layers - 1)
+        return count_layer(self, self.total_layers - 1)
 
     def num_parameters_of_layer(self, index: int) -> int:
         """Trainable parameters of one Transformer layer, by formula."""
@@ -242,8 +348,6 @@ class MegatronModelConfig:
 
 
 def _refuse_what_is_not_yet(config: MegatronModelConfig) -> None:
-    if config.quantize or config.quantize_config:
-        raise NotYetError("quantize: weight-only quantization is not implemented yet; leave it off.")
     asked = [
         name
         for name, value in config.to_dict().items()

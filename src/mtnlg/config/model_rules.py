@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mtnlg.config.encoder_decoder import ARCHITECTURES
+
 if TYPE_CHECKING:
     from mtnlg.config.model import MegatronModelConfig
 
-GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "squared_relu", "silu", *GATED_ACTIVATIONS)
-POSITION_EMBEDDINGS = ("learned", "rotary", "none")
-NORMALIZATIONS = ("layernorm", "rmsnorm")
+POSITION_EMBEDDINGS = ("learned", "rotary", "alibi", "relative", "none")
+NORMALIZATIONS = ("layernorm", "rmsnorm", "rmsnorm_1p")
+NORM_PLACEMENTS = ("before", "after", "around")
 OUTPUT_LAYER_INIT_METHODS = ("scaled_normal", "normal", "zeros")
 
 
@@ -18,7 +21,9 @@ def range_problems(config: MegatronModelConfig) -> list[str]:
     """Every number that is out of its range."""
     positive = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
-        "max_position_embeddings num_key_value_heads head_dim layernorm_eps init_method_std rotary_base"
+        "max_position_embeddings num_key_value_heads head_dim layernorm_eps init_method_std rotary_base "
+        "rotary_local_base embedding_scale embedding_size logit_softcap attention_softcap attention_scalar "
+        "sliding_window"
     )
     problems = []
     for name in positive.split():
@@ -38,8 +43,10 @@ def choice_problems(config: MegatronModelConfig) -> list[str]:
     """Every name that is none of those known."""
     choices = {
         "activation_function": ACTIVATIONS,
+        "architecture": ARCHITECTURES,
         "position_embedding": POSITION_EMBEDDINGS,
         "normalization": NORMALIZATIONS,
+        "norm_placement": NORM_PLACEMENTS,
         "output_layer_init_method": (None, *OUTPUT_LAYER_INIT_METHODS),
     }
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mtnlg.config.encoder_decoder import cross_attention_weights, encoder_decoder_ends
 from mtnlg.config.moe import mlp_weights
 
 if TYPE_CHECKING:
@@ -17,13 +18,14 @@ def count_parameters(config: MegatronModelConfig, active: bool = False) -> int:
         config: the architecture.
         active: count of the experts only those that one token goes through.
     """
-    layers = range(config.num_hidden_layers)
+    layers = range(config.total_layers)
     return sum(count_layer(config, index, active) for index in layers) + _ends(config)
 
 
 def count_layer(config: MegatronModelConfig, index: int, active: bool = False) -> int:
     """Of the Transformer layer number ``index``."""
-    return _attention_and_norms(config) + mlp_weights(config, index, active) + _mlp_biases(config)
+    count = _attention_and_norms(config) + mlp_weights(config, index, active) + _mlp_biases(config)
+    return count + cross_attention_weights(config, index)
 
 
 def _attention_and_norms(config: MegatronModelConfig) -> int:
@@ -34,7 +36,7 @@ def _attention_and_norms(config: MegatronModelConfig) -> int:
     attention += (query + 2 * key_value) * config.attention_bias
     attention += hidden * config.has_attention_output_bias
     attention += 2 * head * config.qk_normalization
-    return attention + 2 * _norm(config)
+    return attention + (4 if config.norm_placement == "around" else 2) * _norm(config)
 
 
 def _mlp_biases(config: MegatronModelConfig) -> int:
@@ -48,7 +50,11 @@ def _norm(config: MegatronModelConfig) -> int:
 
 def _ends(config: MegatronModelConfig) -> int:
     """Of embedding, positions, last norm and head."""
-    embedding = config.vocab_size * config.hidden_size
-    positions = config.max_position_embeddings * config.hidden_size
-    count = embedding + positions * (config.position_embedding == "learned")
-    return count + embedding * (not config.tie_word_embeddings) + _norm(config)
+    embedding = config.vocab_size * config.embedding_width
+    rows = config.max_position_embeddings + config.position_offset
+    count = embedding + rows * config.hidden_size * (config.position_embedding == "learned")
+    if config.embedding_width != config.hidden_size:
+        count += 2 * config.embedding_width * config.hidden_size
+    norms = config.embedding_norm + (config.norm_placement != "after")
+    count += embedding * (not config.tie_word_embeddings) + norms * _norm(config)
+    return count + encoder_decoder_ends(config)

@@ -18,6 +18,8 @@ EXPERT_FIELDS = (
     "num_experts_per_token",
     "moe_intermediate_size",
     "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "shared_expert_gate",
     "num_dense_layers_first",
     "moe_layer_interval",
     "router_score_function",
@@ -50,8 +52,9 @@ def mlp_weights(config: MegatronModelConfig, layer: int, active: bool = False) -
         return matrix_pairs * config.ffn_size
     assert config.num_experts is not None
     routed = config.num_experts_per_token if active else config.num_experts
-    experts = (routed + config.num_shared_experts) * matrix_pairs * config.expert_ffn_size
-    return experts + config.hidden_size * config.num_experts
+    experts = matrix_pairs * (routed * config.expert_ffn_size + config.shared_expert_size)
+    gates = config.num_experts + config.shared_expert_gate
+    return experts + config.hidden_size * gates
 
 
 def expert_problems(config: MegatronModelConfig) -> list[str]:
@@ -73,6 +76,7 @@ def _range_problems(config: MegatronModelConfig) -> list[str]:
         num_experts_per_token=1,
         moe_intermediate_size=1,
         num_shared_experts=0,
+        shared_expert_intermediate_size=1,
         num_dense_layers_first=0,
         moe_layer_interval=1,
         router_aux_loss_coefficient=0,
@@ -109,6 +113,12 @@ def _combination_problems(config: MegatronModelConfig) -> list[str]:
             f"num_dense_layers_first is {first} and moe_layer_interval is {interval}: none of the "
             f"{config.num_hidden_layers} layers would have experts."
         )
+    if not config.num_shared_experts:
+        problems += [
+            f"{name} is {getattr(config, name)}: there are no shared experts; set num_shared_experts: 1."
+            for name in ("shared_expert_intermediate_size", "shared_expert_gate")
+            if getattr(config, name)
+        ]
     balancing = config.router_load_balancing
     if balancing == "none" and config.router_aux_loss_coefficient:
         problems.append(
