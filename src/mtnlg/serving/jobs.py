@@ -71,18 +71,26 @@ class Job:
             raise unavailable("The engine takes no more requests.", "engine_stopped") from error
         for index, generation in enumerate(self.generations):
             generation.listen(self.inbox.listener(index))
-        self.num_open = len(self.generations)
+        self._open = set(range(len(self.generations)))
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose end has not been taken yet."""
+        return len(self._open)
 
     async def events(self) -> list[tuple[int, TokenEvent]]:
         """The next events, (sequence, event).
 
         Raises:
             ApiError: 400 the request's rules lead nowhere; 500 the engine failed; 503 it was stopped.
+            ClientGoneError: see :meth:`leave`.
         """
         found = await self.inbox.take()
+        if self._visit.is_gone:
+            raise ClientGoneError
         for index, event in found:
             if event.finish_reason is not None:
-                self.num_open -= 1
+                self._open.discard(index)
                 self._ended(self.generations[index], event.finish_reason)
         return found
 
@@ -94,12 +102,21 @@ class Job:
         if reason == "error":
             log("engine_error", 40, request_id=self._visit.request_id, error=repr(generation.error))
             raise failed(self._visit.request_id)
-        if self._visit.is_gone:
-            raise ClientGoneError
         if reason == "cancelled":
             raise unavailable("The server is shutting down and gave the request up.", "shutting_down")
         if reason == "deadline" and not generation.new_ids:
             raise out_of_time()
+
+    def leave(self) -> None:
+        """The client has left: :meth:`events` says so at once.
+
+        The engine only learns of it after the step that it is in, which may be a long one.
+        """
+        self._visit.is_gone = True
+        self.close()
+        for index in self._open:
+            self._state.metrics.observe(self.generations[index].usage, "cancelled")
+        self.inbox.poke()
 
     def close(self) -> None:
         """Give up whatever still runs, and settle what was charged."""

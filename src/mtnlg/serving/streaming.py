@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from mtnlg.generation.request import TokenEvent
 from mtnlg.serving.errors import ApiError
 from mtnlg.serving.jobs import Job
-from mtnlg.serving.state import Visit, visit_of
+from mtnlg.serving.state import Visit
 
 DONE = "data: [DONE]\n\n"
 COMMENT = ": still here\n\n"  # keeps proxies from hanging up while a request waits
@@ -51,14 +51,13 @@ def as_event(payload: object) -> str:
 
 
 @contextlib.asynccontextmanager
-async def watch(receive: Receive, job: Job, visit: Visit) -> AsyncIterator[None]:
+async def watch(receive: Receive, job: Job) -> AsyncIterator[None]:
     """Give the job up as soon as the client leaves, and at the end in any case."""
 
     async def wait_for_the_end() -> None:
         while (await receive())["type"] != "http.disconnect":
             continue
-        visit.is_gone = True
-        job.close()
+        job.leave()
 
     watcher = asyncio.create_task(wait_for_the_end())
     try:
@@ -75,7 +74,7 @@ async def finish(request: Request, job: Job) -> None:
         ClientGoneError: it has.
         ApiError: see :meth:`Job.events`.
     """
-    async with watch(request.receive, job, visit_of(request)):
+    async with watch(request.receive, job):
         while job.num_open:
             await job.events()
 
@@ -96,7 +95,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
-        async with watch(receive, self._job, self._visit):
+        async with watch(receive, self._job):
             start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
             await send(start)
             with _comments(self._job):
