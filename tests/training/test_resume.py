@@ -178,8 +178,8 @@ def test_ctrl_c_reaches_the_ranks_and_all_of_them_save_once(tmp_path):
         checkpoint=CheckpointConfig(interval_steps=0),
     )
     code = (
-        "import pickle, sys; from mtnlg.training import loop;"
-        "loop.prepare = lambda config, progress: config;"
+        "import pickle, sys; from mtnlg.training import loop, work;"
+        "work.prepare = lambda config, progress: config;"
         "result = loop.train(pickle.load(sys.stdin.buffer));"
         "print(result.stop_reason, result.step); sys.exit(result.exit_code)"
     )

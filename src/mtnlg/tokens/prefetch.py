@@ -5,15 +5,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 from mtnlg.tokens.batch import Batch
-from mtnlg.tokens.stream import BatchStream
 
 _END = object()
 
 
+class Batches(Protocol):
+    """Where batches are asked for by position."""
+
+    def batch(self, position: int, count: int, replica: int = 0, num_replicas: int = 1) -> Batch:
+        """One batch."""
+
+
 def prefetch(
-    stream: BatchStream,
+    stream: Batches,
     requests: Iterable[tuple[int, int]],
     replica: int = 0,
     num_replicas: int = 1,

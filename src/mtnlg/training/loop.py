@@ -19,8 +19,8 @@ from mtnlg.training.checkpoint_files import checkpoints_dir
 from mtnlg.training.device import choose_device
 from mtnlg.training.events import Callbacks, CallbackSource, TrainResult
 from mtnlg.training.meter import available_cores
-from mtnlg.training.prepare import prepare
 from mtnlg.training.trainer import EvaluationHook, Trainer
+from mtnlg.training.work import Work
 
 
 def train(
@@ -29,6 +29,7 @@ def train(
     progress: Progress = no_progress,
     evaluate: EvaluationHook | None = None,
     fresh: bool = False,
+    work: Work | None = None,
 ) -> TrainResult:
     """Prepare the run's folder, train, and leave a checkpoint.
 
@@ -42,6 +43,7 @@ def train(
         progress: told of the preparation.
         evaluate: adds metrics to each evaluation; see ``Trainer``.
         fresh: drop the folder's checkpoints and metrics and begin anew.
+        work: what is trained on and begun from; ``None`` is training from the beginning.
 
     Raises:
         ConfigError: the config does not fit the machine, the model or the data.
@@ -50,6 +52,7 @@ def train(
         TrainingError: training could not go on.
     """
     join_slurm()
+    work = work or Work()
     device_type = choose_device(config.training.device)
     config.training.check_device(device_type)
     check_float8(config.precision, device_type)
@@ -57,15 +60,15 @@ def train(
     replace(config, layout=layout)  # validates batch sizes against the real replicas
     if ranks_present() is not None and layout.num_ranks > 1:
         mesh = build_mesh(layout, device_type)
-        config = _prepare_on_main(config, mesh, progress, fresh)
-        return train_on_rank(replace(config, layout=layout), mesh, callbacks, evaluate)
+        config = _prepare_on_main(config, mesh, progress, fresh, work)
+        return train_on_rank(replace(config, layout=layout), mesh, callbacks, evaluate, work)
     if fresh:
         forget(config.run_dir)
     # What is saved leaves open what was left open: the same run may go on with more ranks.
-    config = replace(prepare(config, progress), layout=layout)
+    config = replace(work.prepare(config, progress), layout=layout)
     if layout.num_ranks == 1:
-        return train_on_rank(config, build_mesh(layout, device_type), callbacks, evaluate)
-    args = (config, device_type, list(callbacks), evaluate)
+        return train_on_rank(config, build_mesh(layout, device_type), callbacks, evaluate, work)
+    args = (config, device_type, list(callbacks), evaluate, work)
     result = launch(_rank, layout, args, device_type, config.training.num_threads)
     assert isinstance(result, TrainResult)
     return result
@@ -76,6 +79,7 @@ def train_on_rank(
     mesh: Mesh,
     callbacks: Sequence[CallbackSource] = (),
     evaluate: EvaluationHook | None = None,
+    work: Work | None = None,
 ) -> TrainResult:
     """Train on ranks that are already there; every rank calls this.
 
@@ -84,12 +88,13 @@ def train_on_rank(
         mesh: this rank's place.
         callbacks: as for ``train``.
         evaluate: as for ``train``.
+        work: as for ``train``.
     """
     set_threads(config.training.num_threads, mesh)
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
     listeners = Callbacks(callbacks if mesh.is_main else ())
-    return Trainer(config, mesh, listeners, evaluate).run()
+    return Trainer(config, mesh, listeners, evaluate, work).run()
 
 
 def set_threads(wanted: int | None, mesh: Mesh) -> None:
@@ -109,14 +114,16 @@ def forget(run_dir: str) -> None:
     shutil.rmtree(Path(run_dir) / "tensorboard", ignore_errors=True)
 
 
-def _prepare_on_main(config: RunConfig, mesh: Mesh, progress: Progress, fresh: bool) -> RunConfig:
-    """``prepare`` on rank 0 for all ranks that a launcher started."""
+def _prepare_on_main(
+    config: RunConfig, mesh: Mesh, progress: Progress, fresh: bool, work: Work
+) -> RunConfig:
+    """Prepare on rank 0 for all ranks that a launcher started."""
     outcome: RunConfig | Exception | None = None
     if mesh.is_main:
         try:
             if fresh:
                 forget(config.run_dir)
-            outcome = prepare(config, progress)
+            outcome = work.prepare(config, progress)
         except Exception as error:  # all ranks must hear of it, or they wait for ever
             outcome = error
     shared = mesh.broadcast_object(outcome)
@@ -131,6 +138,7 @@ def _rank(
     device_type: str,
     callbacks: Sequence[CallbackSource],
     evaluate: EvaluationHook | None,
+    work: Work,
 ) -> TrainResult:
     """What each rank started by ``train`` runs."""
-    return train_on_rank(config, build_mesh(config.layout, device_type), callbacks, evaluate)
+    return train_on_rank(config, build_mesh(config.layout, device_type), callbacks, evaluate, work)

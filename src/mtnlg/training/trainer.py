@@ -11,12 +11,10 @@ from typing import Any
 import torch
 
 from mtnlg.config import RunConfig
-from mtnlg.parallel.apply import lay_out
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.tokens.batch import Batch
 from mtnlg.tokens.prefetch import prefetch
-from mtnlg.tokens.stream import BatchStream
 from mtnlg.training import resume
 from mtnlg.training.checkpoint_files import read_state, remove_leftovers
 from mtnlg.training.checkpoints import load_tensors, newest_good_checkpoint
@@ -32,6 +30,7 @@ from mtnlg.training.schedules import BatchRamp, make_schedule
 from mtnlg.training.step import TrainingStep, split_batch
 from mtnlg.training.stopping import Position, StopRules
 from mtnlg.training.validation import Validation
+from mtnlg.training.work import Work
 
 EvaluationHook = Callable[[ParallelModel, int], dict[str, float]]
 
@@ -45,6 +44,7 @@ class Trainer:
         callbacks: told on rank 0.
         evaluate: called on every rank at each evaluation with the model and the step; what it returns
             goes into the metrics.
+        work: what is trained on and begun from; ``None`` is training from the beginning.
     """
 
     def __init__(
@@ -53,18 +53,12 @@ class Trainer:
         mesh: Mesh,
         callbacks: Callbacks | None = None,
         evaluate: EvaluationHook | None = None,
+        work: Work | None = None,
     ) -> None:
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.work = config, mesh, work or Work()
         self.callbacks = (callbacks or Callbacks()) if mesh.is_main else Callbacks()
         self._evaluate_hook = evaluate
-        switches = config.training
-        self.model = lay_out(
-            config.model,
-            mesh,
-            seed=config.seed,
-            precision=config.precision,
-            switches=switches,
-        )
+        self.model = self.work.lay_out(config, mesh)
         self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
         self.saver = CheckpointSaver(config.run_dir, config.checkpoint, mesh)
         self.step = TrainingStep(
@@ -72,11 +66,11 @@ class Trainer:
             self.optimizer,
             config.optimizer,
             LossScale(config.precision),
-            switches.max_skipped_steps,
+            config.training.max_skipped_steps,
             before_update=self.saver.wait_for_copy,
         )
-        self.stream = BatchStream(config.data, "train", config.seed, vocab_size=config.model.vocab_size)
-        self.validation = Validation(config) if config.data.split_shares()[1] > 0.0 else None
+        self.stream = self.work.training_stream(config)
+        self.validation = Validation.of(config, self.work)
         self.schedule = make_schedule(config.schedule)
         self.ramp = BatchRamp(config.batch, config.data.sequence_length, mesh.num_replicas)
         steps, length = config.stop.steps, config.data.sequence_length
@@ -209,7 +203,8 @@ class Trainer:
         if self.validation is None or self._evaluated[0] == step:
             return
         loss, num_tokens = self.validation.run(self.model)
-        extra = self._evaluate_hook(self.model, step) if self._evaluate_hook else {}
+        extra = self.work.evaluate(self.config, self.model)
+        extra |= self._evaluate_hook(self.model, step) if self._evaluate_hook else {}
         improved = self.stop.observe(loss)
         self._validation_loss, self._evaluated = loss, (step, seconds)
         perplexity = math.exp(min(loss, 700.0))
@@ -234,7 +229,8 @@ class Trainer:
             self.callbacks.on_checkpoint(str(folder), step)
 
     def _parts(self) -> Parts:
-        return {"weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        weights = self.work.saved_weights(self.config, self.model)
+        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -255,13 +251,14 @@ class Trainer:
         if self.mesh.is_main:
             remove_leftovers(self.config.run_dir)
         folder = newest_good_checkpoint(self.config.run_dir, self.mesh, self.callbacks.on_message)
+        self.work.begin(self.config, self.model, resumes=folder is not None)
         if folder is None:
             return
         state = read_state(folder)
         resume.check_same_run(self.config, state["config"])
         self.stream.check(state["data"])
-        load_tensors(folder, "weights", self.model.state_dict(), self.mesh)
-        load_tensors(folder, "optimizer", self.optimizer.state_dict(), self.mesh)
+        for part, tensors in self._parts().items():
+            load_tensors(folder, part, tensors, self.mesh)
         self.optimizer.steps = int(state["optimizer_steps"])
         self.position = Position(int(state["step"]), int(state["tokens"]), float(state["seconds"]))
         self.samples = int(state["samples"])
@@ -299,6 +296,7 @@ class Trainer:
         if reason != "signal":
             self._evaluate()
         self._save(is_last=True)
+        self.work.finish(self.config, self.model, self.mesh)
         self._tell_of_checkpoints()
         best = self.stop.best_loss
         result = TrainResult(

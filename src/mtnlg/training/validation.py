@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from mtnlg.config import RunConfig
 from mtnlg.parallel.model import ParallelModel
-from mtnlg.tokens.stream import BatchStream
+from mtnlg.training.work import Stream, Work
 
 
 class Validation:
-    """Mean cross entropy over the first samples of the validation split.
+    """Mean cross entropy over the samples of a stream that ends.
 
     Args:
-        config: ``evaluation.num_batches`` micro-batches of ``batch.micro_batch_size`` samples are
-            read, or all samples of the split if that is 0.
+        stream: of the samples.
+        micro_batch_size: samples that a replica evaluates at once.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.micro_batch_size = config.batch.micro_batch_size
-        wanted = config.evaluation.num_batches * self.micro_batch_size or None
-        self.stream = BatchStream(config.data, "validation", config.seed, num_samples=wanted)
-        self.num_samples = self.stream.num_samples or 0
+    def __init__(self, stream: Stream, micro_batch_size: int) -> None:
+        self.stream, self.micro_batch_size = stream, micro_batch_size
+        self.num_samples = stream.num_samples or 0
+
+    @classmethod
+    def of(cls, config: RunConfig, work: Work) -> Validation | None:
+        """On the first ``evaluation.num_batches`` micro-batches (0 is all), where there are any."""
+        size = config.batch.micro_batch_size
+        stream = work.validation_stream(config, config.evaluation.num_batches * size or None)
+        return None if stream is None else cls(stream, size)
 
     def run(self, model: ParallelModel) -> tuple[float, int]:
         """Mean loss (nats a token) and the number of tokens it was measured on."""
