@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from mtnlg.config.errors import ConfigError
+from mtnlg.config.objective import ObjectiveConfig
 
 ENCODING_ERRORS = ("strict", "replace", "ignore")
 
@@ -76,6 +77,7 @@ class DataConfig:
         reset_at_document_boundaries: attention and positions start anew at each document.
         cache_dir: where index files are kept; ``None`` is ``PREFIX.index`` beside each token file.
         seed: of the shuffles; ``None`` is the run's seed.
+        objective: what is predicted: every next token, or what was taken out of the text.
     """
 
     blend: list[BlendEntry] = field(default_factory=list)
@@ -86,6 +88,7 @@ class DataConfig:
     reset_at_document_boundaries: bool = False
     cache_dir: str | None = None
     seed: int | None = None
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
 
     def __post_init__(self) -> None:
         problems = []
@@ -95,6 +98,11 @@ class DataConfig:
             problems.append(
                 f"data.encoding_errors is {self.encoding_errors!r}: choose one of "
                 f"{', '.join(ENCODING_ERRORS)}."
+            )
+        if self.reset_at_document_boundaries and not self.objective.is_causal:
+            problems.append(
+                f"data.reset_at_document_boundaries is true: data.objective.name {self.objective.name} "
+                "takes texts as they follow each other; leave one of them out."
             )
         if self.blend and self.sources:
             problems.append("data.blend and data.sources are both given: give only one of them.")

@@ -14,19 +14,29 @@ IGNORED_LABEL = -100
 class Batch:
     """Token ids and what is to be predicted at each of them.
 
+    An encoder-decoder reads ``input_ids`` with its encoder, and ``decoder_input_ids`` with its decoder.
+
     Args:
         input_ids: [batch, sequence].
-        labels: [batch, sequence], the token after each input token; -100 where nothing is scored.
+        labels: [batch, sequence], the token after each input token; -100 where nothing is scored. Of an
+            encoder-decoder [batch, target].
         position_ids: [batch, sequence], position inside the document; only when positions start anew
             at document boundaries.
         document_ids: [batch, sequence], number of the document inside the sample; a token attends to
             its own document only. Given together with ``position_ids``.
+        decoder_input_ids: [batch, target], for encoder-decoders: the labels, one place later.
+        encoder_mask: [batch, sequence], true where an encoder's input is a token and no padding;
+            ``None`` is everywhere.
+        prefix_lengths: [batch], for decoders: so many tokens at the beginning see each other.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
+    decoder_input_ids: torch.Tensor | None = None
+    encoder_mask: torch.Tensor | None = None
+    prefix_lengths: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

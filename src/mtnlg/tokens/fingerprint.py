@@ -49,15 +49,16 @@ def check_fingerprint(saved: Any, current: Fingerprint) -> None:
     if not isinstance(saved, dict) or not isinstance(saved.get("corpora"), list):
         raise DataError("the saved position in the data cannot be read: it has no fingerprint of them.")
     changes = [
-        f"{label} was {saved.get(field)} and is {current[field]}"
+        f"{label} was {saved.get(field)} and is {current.get(field)}"
         for field, label in (
             ("version", "the order of samples (version of mtnlg)"),
             ("sequence_length", "data.sequence_length"),
             ("seed", "the seed"),
             ("split", "the split"),
             ("shares", "data.split (as shares)"),
+            ("objective", "data.objective"),
         )
-        if saved.get(field) != current[field]
+        if saved.get(field) != current.get(field)
     ]
     changes += _corpus_changes(saved["corpora"], current["corpora"])
     if changes:

@@ -26,6 +26,15 @@ def seed_of(*parts: Any) -> int:
 
 def permutation(count: int, seed: int) -> np.ndarray:
     """The numbers 0..count-1 in the order of ``seed``: int32 [count], int64 from 2**31 on."""
+    return np.argsort(_keys(count, seed)).astype(np.int32 if count < 2**31 else np.int64)
+
+
+def uniform(count: int, seed: int) -> np.ndarray:
+    """Numbers in [0, 1), float64 [count]: the upper 53 bits of each key."""
+    return (_keys(count, seed) >> np.uint64(11)) * 2.0**-53
+
+
+def _keys(count: int, seed: int) -> np.ndarray:
     keys = np.arange(1, count + 1, dtype=np.uint64)
     keys *= _GAMMA
     keys += np.uint64(seed)
@@ -34,4 +43,4 @@ def permutation(count: int, seed: int) -> np.ndarray:
     keys ^= keys >> np.uint64(27)
     keys *= _MIX_2
     keys ^= keys >> np.uint64(31)
-    return np.argsort(keys).astype(np.int32 if count < 2**31 else np.int64)
+    return keys
