@@ -39,7 +39,7 @@ OWN_MODULES = (
     Router,
     Head,
 )
-UNGATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+UNGATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 
 
 def can_prepare(model: MegatronLmDecoder) -> bool:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from mtnlg.config import MegatronModelConfig
 
 _RESIDUAL_OUTPUTS = (
-    "attention.output.weight",
+    "attention.output.weight",  # cross_attention's too
     "mlp.down.weight",
     "mlp.shared.down.weight",
     "mlp.experts.down",
@@ -45,14 +45,28 @@ def initial_std(name: str, config: MegatronModelConfig) -> float:
 
     The projections that write into the residual stream (two of a layer, an expert's too) get
     ``std / sqrt(2 * layers)`` (Megatron-LM, following GPT-2) unless ``output_layer_init_method`` says
-    otherwise.
+    otherwise. A layer of an encoder-decoder's decoder has three. Its attention does not divide by
+    ``sqrt(head_dim)``, so the queries start that much smaller; where its head reads states divided by
+    ``sqrt(hidden)``, the embedding starts that much larger (T5, arXiv 1910.10683).
     """
     if name.endswith(_RESIDUAL_OUTPUTS):
         if config.output_layer_init_method == "zeros":
             return 0.0
         if config.output_layer_init_method != "normal":
-            return config.init_std / math.sqrt(2.0 * config.num_hidden_layers)
+            return config.init_std / math.sqrt(_residual_outputs(name, config))
+    if config.architecture == "encoder_decoder":
+        if name.endswith("attention.query.weight"):
+            return config.init_std / math.sqrt(config.head_size)
+        if name == "embedding.tokens.weight" and config.scales_output:
+            return config.init_std * math.sqrt(config.hidden_size)
     return config.init_std
+
+
+def _residual_outputs(name: str, config: MegatronModelConfig) -> float:
+    """Projections that write into the residual stream that ``name`` writes into."""
+    if config.decoder_layers and int(name.split(".")[1]) >= config.num_hidden_layers:
+        return 3.0 * config.decoder_layers
+    return 2.0 * config.num_hidden_layers
 
 
 def initial_value(name: str, shape: Sequence[int], config: MegatronModelConfig, seed: int) -> Tensor:
@@ -67,7 +81,11 @@ def initial_value(name: str, shape: Sequence[int], config: MegatronModelConfig, 
         config: the architecture.
         seed: of the run.
     """
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".low_rank.up")):
+        return torch.zeros(tuple(shape))
+    if name.endswith(".low_rank.down"):
+        return _uniform(name, shape, 1.0 / math.sqrt(shape[-1]), seed)
+    if config.normalization == "rmsnorm_1p" and name.endswith("norm.weight"):
         return torch.zeros(tuple(shape))
     if len(shape) == 1:
         return torch.ones(tuple(shape))
@@ -87,9 +105,17 @@ def _normal(name: str, shape: Sequence[int], std: float, seed: int) -> Tensor:
     """Numbers that depend on the name and the seed alone."""
     if std == 0.0:
         return torch.zeros(tuple(shape))
+    return torch.empty(tuple(shape)).normal_(0.0, std, generator=_stream(name, seed))
+
+
+def _uniform(name: str, shape: Sequence[int], bound: float, seed: int) -> Tensor:
+    """Likewise, between plus and minus ``bound``."""
+    return torch.empty(tuple(shape)).uniform_(-bound, bound, generator=_stream(name, seed))
+
+
+def _stream(name: str, seed: int) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.empty(tuple(shape)).normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @torch.no_grad()
