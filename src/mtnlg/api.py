@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtnlg.config import CheckpointError, MegatronModelConfig
+from mtnlg.config.quantize import QuantizeConfig, with_quantization
 from mtnlg.generation import Engine
 from mtnlg.generation.answers import answer
 from mtnlg.generation.keeper import EngineKeeper
@@ -19,6 +20,7 @@ from mtnlg.generation.prompts import Prompt, end_id
 from mtnlg.interop import write_hugging_face
 from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
 from mtnlg.model import MegatronLmDecoder, NoInitialization, initialize_weights
+from mtnlg.quantization import codes_of_weights, converted, num_quantized, quantize_model
 from mtnlg.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ class MegatronLmModel(MegatronLmDecoder):
         self._engine_keeper = EngineKeeper()
         if not self.is_meta:
             initialize_weights(self, config, seed)
+        if config.quantize:
+            quantize_model(self, QuantizeConfig.from_dict(config.quantize_config))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "draft_model":  # a companion and no part of this model: neither counted nor saved
@@ -69,8 +73,8 @@ class MegatronLmModel(MegatronLmDecoder):
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Trainable parameters, those of quantized matrices too; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters()) + num_quantized(self)
 
     # -- files
 
@@ -81,6 +85,7 @@ class MegatronLmModel(MegatronLmDecoder):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        quantize: bool | Mapping[str, Any] | QuantizeConfig | None = None,
     ) -> MegatronLmModel:
         """A trained model with its tokenizer, in evaluation mode.
 
@@ -90,16 +95,20 @@ class MegatronLmModel(MegatronLmDecoder):
                 Hugging Face hub.
             device: where to put the weights.
             dtype: convert the weights to it; ``None`` keeps how they were saved.
+            quantize: round the matrices to few bits: ``True``, or the fields of a
+                :class:`~mtnlg.config.quantize.QuantizeConfig`; ``None`` does as the model's config says.
 
         Raises:
+            ConfigError: ``quantize`` says what there is not.
             CheckpointError: nothing loadable is there; the message says what was looked for.
         """
         from mtnlg.training.model_files import open_model_files
 
         files = open_model_files(name_or_path)
         with torch.device("meta"), NoInitialization():
-            model = cls(files.config)
-        weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in files.read().items()}
+            model = cls(with_quantization(files.config, quantize))
+        weights = {name: converted(name, tensor, device, dtype) for name, tensor in files.read().items()}
+        weights = codes_of_weights(model, weights)
         _check_weights(model, weights, str(name_or_path))
         model.load_state_dict(weights, assign=True)
         model.tie_weights()

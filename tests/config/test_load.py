@@ -194,9 +194,10 @@ def test_an_empty_recipe_is_the_defaults(tmp_path):
 
 
 def test_what_is_not_yet_possible_is_said_so():
-    with pytest.raises(NotYetError, match="quantization"):
-        load_run_config(None, ["--model.quantize=true"])
-    assert any("quantization" in problem for problem in problems_of("--model.quantize=true", "--seed=x"))
+    with pytest.raises(NotYetError, match="prompt tuning"):
+        load_run_config(None, ["--model.prompt_tuning=true"])
+    problems = problems_of("--model.prompt_tuning=true", "--seed=x")
+    assert any("prompt tuning" in problem for problem in problems)
 
 
 def test_the_saved_file_is_plain_yaml(tmp_path):

@@ -174,8 +174,6 @@ def test_the_cache_and_layout_fields_change_no_number(make_model):
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(quantize=True),
-        dict(quantize_config={"bits": 4}),
         dict(prompt_tuning=True),
         dict(prompt_tuning_num_tokens=8),
         dict(prompt_tuning_prompt_style="prepend"),
@@ -198,6 +196,8 @@ def test_what_is_not_there_yet_says_so(fields):
         (dict(hidden_dropout=1.0, layernorm_eps=0.0), ["layernorm_eps", "hidden_dropout"]),
         (dict(output_layer_init_method="ones"), ["output_layer_init_method"]),
         (dict(position_embedding="rotary", rotary_percent=0.01), ["rotary_percent"]),
+        (dict(quantize_config={"weights": "int4"}), ["quantize_config"]),
+        (dict(quantize=True, quantize_config={"bits": 4}), ["quantize_config.bits"]),
     ],
 )
 def test_every_wrong_value_is_named(fields, named):

@@ -1,1 +1,23 @@
 """Weights in few bits: linear layers over integers, and how the integers are chosen."""
+
+from mtnlg.quantization.linear import QuantizedLinear
+from mtnlg.quantization.model import (
+    codes_of_weights,
+    converted,
+    num_quantized,
+    quantize_model,
+    quantized_linears,
+)
+from mtnlg.quantization.numbers import Codes, dequantize, quantize
+
+__all__ = [
+    "Codes",
+    "QuantizedLinear",
+    "codes_of_weights",
+    "converted",
+    "dequantize",
+    "num_quantized",
+    "quantize",
+    "quantize_model",
+    "quantized_linears",
+]
