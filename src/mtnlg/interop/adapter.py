@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from mtnlg.config.adapter import AdapterConfig
+from mtnlg.config.errors import CheckpointError, ConfigError
+from mtnlg.model import MegatronLmDecoder
+from mtnlg.model.adapters import (
+    PROMPT_NAME,
+    is_of_adapter,
+    put_adapter,
+    take_out_adapter,
+)
+from mtnlg.model.low_rank import CHILD
 
 
 @dataclass(frozen=True)
@@ -45,3 +55,80 @@ class Adapter:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     prompt: Tensor | None = None
     prefix: Tensor | None = None
+
+
+def adapter_of(decoder: MegatronLmDecoder, base_fingerprint: str | None = None) -> Adapter:
+    """The adapter in a whole plain ``decoder``, as a value that shares no memory with it.
+
+    Args:
+        decoder: with an adapter.
+        base_fingerprint: of the decoder without it.
+
+    Raises:
+        ConfigError: the decoder has none.
+    """
+    if decoder.adapter is None:
+        raise ConfigError("the model has no adapter.")
+    values = {name: item.detach() for name, item in decoder.named_parameters() if is_of_adapter(name)}
+    return adapter_from_values(decoder.adapter, values, base_fingerprint)
+
+
+def adapter_from_values(
+    config: AdapterConfig, values: dict[str, Tensor], base_fingerprint: str | None = None
+) -> Adapter:
+    """An adapter from its parameters, whole, by their names in the model; they are copied."""
+    values = {name: value.detach().clone() for name, value in values.items()}
+    low_rank, ending = {}, f".{CHILD}.down"
+    for name in values:
+        if name.endswith(ending):
+            linear = name.removesuffix(ending)
+            parts = (values.get(f"{linear}.{CHILD}.{part}") for part in ("down", "up", "magnitude"))
+            down, up, magnitude = parts
+            assert down is not None and up is not None
+            low_rank[linear] = LowRank(down, up, config.scale, magnitude)
+    numbers = sorted(int(name.split(".")[1]) for name in values if name.endswith(".prefix.key"))
+    prefix = None
+    if numbers:
+        names = [f"layers.{number}.attention.prefix" for number in numbers]
+        pairs = [torch.stack([values[f"{name}.key"], values[f"{name}.value"]]) for name in names]
+        prefix = torch.stack(pairs)
+    return Adapter(config, base_fingerprint, low_rank, values.get(PROMPT_NAME), prefix)
+
+
+def values_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The parameters of an adapter by their names in the model, sharing memory."""
+    values = {} if adapter.prompt is None else {PROMPT_NAME: adapter.prompt}
+    for name, one in adapter.low_rank.items():
+        values |= {f"{name}.{CHILD}.down": one.down, f"{name}.{CHILD}.up": one.up}
+        if one.magnitude is not None:
+            values[f"{name}.{CHILD}.magnitude"] = one.magnitude
+    for number, (key, value) in enumerate([] if adapter.prefix is None else adapter.prefix):
+        name = f"layers.{number}.attention.prefix"
+        values |= {f"{name}.key": key, f"{name}.value": value}
+    return values
+
+
+@torch.no_grad()
+def load_adapter(decoder: MegatronLmDecoder, adapter: Adapter) -> None:
+    """Put ``adapter`` into ``decoder``, in the place of one that is there.
+
+    Raises:
+        CheckpointError: its parameters are not those of this model; the first are named.
+        ConfigError: its target modules are not the model's.
+    """
+    take_out_adapter(decoder)
+    put_adapter(decoder, adapter.config)
+    places = {name: item for name, item in decoder.named_parameters() if is_of_adapter(name)}
+    values = values_of(adapter)
+    problems = [f"{name} is missing" for name in places.keys() - values.keys()]
+    problems += [f"{name} is not in this model" for name in values.keys() - places.keys()]
+    problems += [
+        f"{name} has the shape {list(values[name].shape)}, the model wants {list(place.shape)}"
+        for name, place in places.items()
+        if name in values and values[name].shape != place.shape
+    ]
+    if problems:
+        take_out_adapter(decoder)
+        raise CheckpointError(f"the adapter does not fit the model: {'; '.join(sorted(problems)[:6])}.")
+    for name, place in places.items():
+        place.copy_(values[name])

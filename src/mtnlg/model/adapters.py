@@ -1,0 +1,238 @@
+"""Putting what is trained beside a frozen model into it, and taking it out again.
+
+The model itself knows nothing of it: modules are added to it and functions of it replaced, and no
+parameter of its own changes its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtnlg.config.adapter import ALL_LINEAR, AdapterConfig
+from mtnlg.config.errors import ConfigError
+from mtnlg.model.attention import Attention
+from mtnlg.model.decoder import MegatronLmDecoder
+from mtnlg.model.initialization import initial_value
+from mtnlg.model.layers import DecoderLayer
+from mtnlg.model.low_rank import (
+    CHILD,
+    LowRankUpdate,
+    add_low_rank,
+    dense_weight,
+    low_rank_of,
+    merged_weight,
+    remove_low_rank,
+)
+from mtnlg.model.virtual_tokens import (
+    PrefixKeyValues,
+    VirtualTokens,
+    add_prefix,
+    add_virtual_tokens,
+    take_out_prefix,
+    take_out_virtual_tokens,
+)
+
+PROMPT_NAME = "embedding.prompt.weight"
+_ENDINGS = (f".{CHILD}.down", f".{CHILD}.up", f".{CHILD}.magnitude", ".prefix.key", ".prefix.value")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of this name in a decoder is an adapter's."""
+    return name == PROMPT_NAME or name.endswith(_ENDINGS)
+
+
+def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
+    """Add what ``config`` describes to ``decoder`` or a stage of it; the values come after.
+
+    The decoder's own parameters are frozen; ``decoder.adapter`` is ``config`` from now on. New
+    parameters have the dtype and the device of those beside them (float32 beside quantized ones).
+
+    Args:
+        decoder: whose weights stay as they are.
+        config: the adapter.
+
+    Raises:
+        ConfigError: the decoder has an adapter already, or none of the layers that are to get one.
+    """
+    if decoder.adapter is not None:
+        raise ConfigError("the model has an adapter already: merge it or take it out first.")
+    decoder.requires_grad_(False)
+    if config.method == "lora":
+        _put_low_rank(decoder, config)
+    elif decoder.embedding is not None:
+        _put_virtual_tokens(decoder, config)
+    if config.method == "prefix":
+        for layer in decoder.layers.values():
+            assert isinstance(layer, DecoderLayer)
+            beside = layer.attention.key
+            prefix = PrefixKeyValues(
+                config.num_virtual_tokens,
+                decoder.config.key_value_heads,
+                decoder.config.head_size,
+                **_kind(beside),
+            )
+            add_prefix(layer.attention, prefix)
+    decoder.adapter = config
+
+
+def take_out_adapter(decoder: MegatronLmDecoder) -> None:
+    """Leave ``decoder`` as it was before :func:`put_adapter`, frozen."""
+    for _, linear in adapted_linears(decoder):
+        remove_low_rank(linear)
+    if decoder.adapter is not None and decoder.adapter.method != "lora":
+        if decoder.embedding is not None:
+            take_out_virtual_tokens(decoder.embedding)
+        for _, attention in prefixed(decoder):
+            take_out_prefix(attention)
+    decoder.adapter = None
+
+
+@torch.no_grad()
+def merge_low_rank(decoder: MegatronLmDecoder) -> None:
+    """Add LoRA's updates to the weights they belong to, and take them out.
+
+    Raises:
+        ConfigError: the adapter has virtual tokens, or the weights are quantized: neither can be merged.
+    """
+    config = decoder.adapter
+    if config is None:
+        return
+    if config.method != "lora":
+        raise ConfigError(
+            f"an adapter of method {config.method} has no weights that could be merged: it goes as an "
+            "adapter's folder, beside its model."
+        )
+    for name, linear in adapted_linears(decoder):
+        if hasattr(linear, "dequantize"):
+            raise ConfigError(
+                f"{name} is quantized: merge into the model that it was quantized from, and quantize again."
+            )
+        assert isinstance(linear, nn.Linear)
+        linear.weight.copy_(merged_weight(linear))
+    take_out_adapter(decoder)
+
+
+def adapted_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of each linear layer with an update."""
+    for name, module in list(decoder.named_modules()):
+        if low_rank_of(module) is not None:
+            yield name, module
+
+
+def prefixed(decoder: MegatronLmDecoder) -> Iterator[tuple[int, Attention]]:
+    """Number and attention of each layer with a prefix."""
+    for index, layer in decoder.layers.items():
+        attention = layer.get_submodule("attention")
+        if isinstance(attention, Attention) and "prefix" in attention._modules:
+            yield int(index), attention
+
+
+def _put_low_rank(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
+    for linear in _targets(decoder, config.target_modules):
+        sizes: Any = linear
+        update = LowRankUpdate(
+            sizes.in_features,
+            sizes.out_features,
+            config.rank,
+            config.scale,
+            config.dropout,
+            config.decomposed,
+            **_kind(linear),
+        )
+        add_low_rank(linear, update)
+
+
+def _targets(decoder: MegatronLmDecoder, endings: list[str]) -> list[nn.Module]:
+    """The linear layers of the Transformer layers whose names end so."""
+    linears = {
+        name: module
+        for name, module in decoder.layers.named_modules()
+        if hasattr(module, "in_features") and hasattr(module, "out_features")
+    }
+    if ALL_LINEAR in endings:
+        return list(linears.values())
+    chosen = [module for name, module in linears.items() if _ends(name, endings)]
+    known = sorted({name.partition(".")[2] for name in linears})
+    missing = [ending for ending in endings if not any(_ends(name, [ending]) for name in linears)]
+    if missing and linears:
+        near = difflib.get_close_matches(missing[0], known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"target_modules names {missing[0]}, and no linear layer's name ends so: there are "
+            f"{', '.join(known)}, or {ALL_LINEAR} for all of them.{hint}"
+        )
+    return chosen
+
+
+def _ends(name: str, endings: list[str]) -> bool:
+    return any(f".{name}".endswith(f".{ending}") for ending in endings)
+
+
+def _put_virtual_tokens(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
+    embedding, architecture = decoder.embedding, decoder.config
+    assert embedding is not None
+    prompt = None
+    if config.method == "prompt":
+        prompt = VirtualTokens(
+            architecture.vocab_size,
+            config.num_virtual_tokens,
+            embedding.tokens.embedding_dim,
+            **_kind(embedding.tokens),
+        )
+    add_virtual_tokens(embedding, prompt, architecture.vocab_size)
+
+
+def _kind(beside: nn.Module) -> dict[str, Any]:
+    """dtype and device for parameters beside a module."""
+    tensors = [*beside.parameters(recurse=False), *beside.buffers(recurse=False)]
+    first = tensors[0]
+    return {
+        "dtype": first.dtype if first.is_floating_point() and first.itemsize > 1 else torch.float32,
+        "device": first.device,
+    }
+
+
+def first_tokens(config: AdapterConfig, vocab_size: int, seed: int, text_ids: Sequence[int]) -> list[int]:
+    """The tokens whose embeddings virtual tokens begin as.
+
+    Args:
+        config: how many, and from how much of the vocabulary they are drawn.
+        vocab_size: of the model.
+        seed: of the draw.
+        text_ids: of ``config.init_text``: repeated or cut; empty draws.
+    """
+    count = config.num_virtual_tokens
+    if text_ids:
+        return (list(text_ids) * -(-count // len(text_ids)))[:count]
+    most = min(config.init_vocab_size or vocab_size, vocab_size)
+    drawn = torch.randint(most, (count,), generator=torch.Generator().manual_seed(seed))
+    return [int(token) for token in drawn]
+
+
+@torch.no_grad()
+def start_adapter(decoder: MegatronLmDecoder, seed: int = 1234, text_ids: Sequence[int] = ()) -> None:
+    """Give the adapter in a whole plain ``decoder``, which has its weights, its first values.
+
+    LoRA begins as no change, prompt tuning as tokens of the vocabulary, prefix tuning at random.
+
+    Args:
+        decoder: with an adapter.
+        seed: of what is drawn.
+        text_ids: of the adapter's ``init_text``.
+    """
+    for name, parameter in decoder.named_parameters():
+        if is_of_adapter(name) and name != PROMPT_NAME:
+            parameter.copy_(initial_value(name, parameter.shape, decoder.config, seed))
+    for _, linear in adapted_linears(decoder):
+        update = low_rank_of(linear)
+        if update is not None and update.magnitude is not None:
+            update.magnitude.copy_(torch.linalg.vector_norm(dense_weight(linear).float(), dim=1))
+    embedding, config = decoder.embedding, decoder.adapter
+    if config is not None and config.method == "prompt" and embedding is not None:
+        tokens = first_tokens(config, decoder.config.vocab_size, seed, text_ids)
+        embedding.get_parameter("prompt.weight").copy_(embedding.tokens.weight[tokens])
