@@ -1,4 +1,4 @@
-"""The autoregressive Transformer decoder of GPT-2, GPT-3, MT-NLG, Llama and Qwen (pre-LN)."""
+"""The autoregressive Transformer decoder of GPT, Llama and their kin."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mtnlg.config import MegatronModelConfig
-from mtnlg.config.moe import has_experts
-from mtnlg.model.attention import Attention, KeyValueCache
-from mtnlg.model.loss import summed_cross_entropy
-from mtnlg.model.mlp import Mlp
-from mtnlg.model.moe import MixtureOfExperts
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.model.attention import KeyValueCache
+from mtnlg.model.layers import make_layer
+from mtnlg.model.loss import softcapped, summed_cross_entropy
 from mtnlg.model.norms import make_norm
-from mtnlg.model.positions import Rotation, rotation_angles
+from mtnlg.model.positions import Rotations
+
+EVERY_DOCUMENT = -1  # the document number of a token that tokens of all documents see
 
 
 @dataclass
@@ -34,50 +35,37 @@ class DecoderOutput:
 
 
 class Embedding(nn.Module):
-    """Token embedding plus learned positions, where the config asks for them."""
+    """Token embedding plus learned positions; scaled, projected and normalized where the config says so."""
 
     def __init__(self, config: MegatronModelConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        width, hidden = config.embedding_width, config.hidden_size
+        self.tokens = nn.Embedding(config.vocab_size, width)
+        self.scale = config.embedding_scale
+        self.projection = nn.Linear(width, hidden, bias=False) if width != hidden else None
         self.positions = None
+        self.position_offset = config.position_offset
         if config.position_embedding == "learned":
-            self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.positions = nn.Embedding(config.max_position_embeddings + config.position_offset, hidden)
+        self.norm = make_norm(config) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.require_grads = config.enable_input_require_grads
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[batch, sequence] and positions [batch or 1, sequence] → [batch, sequence, hidden]"""
         hidden = self.tokens(input_ids)
+        if self.scale is not None:
+            hidden = hidden * hidden.new_tensor(self.scale)  # rounded like the weights
+        if self.projection is not None:
+            hidden = self.projection(hidden)
         if self.positions is not None:
-            hidden = hidden + self.positions(position_ids)
+            hidden = hidden + self.positions(position_ids + self.position_offset)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
         hidden = self.dropout(hidden)
         if self.require_grads and torch.is_grad_enabled() and not hidden.requires_grad:
             hidden.requires_grad_()
         return hidden
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), whose MLP may be a mixture of experts."""
-
-    def __init__(self, config: MegatronModelConfig, layer_index: int) -> None:
-        super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, layer_index)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MixtureOfExperts(config) if has_experts(config, layer_index) else Mlp(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(
-        self,
-        hidden: Tensor,
-        rotation: Rotation | None = None,
-        mask: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """[batch, sequence, hidden] → [batch, sequence, hidden]"""
-        attended = self.attention(self.attention_norm(hidden), rotation, mask, cache)
-        hidden = hidden + self.dropout(attended)
-        return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
 
 
 class Head(nn.Module):
@@ -88,16 +76,22 @@ class Head(nn.Module):
 
     def __init__(self, config: MegatronModelConfig) -> None:
         super().__init__()
-        self.norm = make_norm(config)
-        self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        width, hidden = config.embedding_width, config.hidden_size
+        self.norm = make_norm(config) if config.norm_placement != "after" else nn.Identity()
+        self.projection = nn.Linear(hidden, width, bias=False) if width != hidden else None
+        self.output = nn.Linear(width, config.vocab_size, bias=False)
+        self.softcap = config.logit_softcap
         self.loss_function: Callable[..., Tensor] = summed_cross_entropy
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> DecoderOutput:
         """[batch, sequence, hidden] → logits [batch, sequence, vocab], or the summed loss."""
         hidden = self.norm(hidden)
+        if self.projection is not None:
+            hidden = self.projection(hidden)
         if labels is None:
-            return DecoderOutput(logits=self.output(hidden))
-        return DecoderOutput(loss=self.loss_function(hidden, self.output.weight, labels))
+            return DecoderOutput(logits=softcapped(self.output(hidden), self.softcap))
+        capped = {} if self.softcap is None else {"softcap": self.softcap}
+        return DecoderOutput(loss=self.loss_function(hidden, self.output.weight, labels, **capped))
 
 
 class MegatronLmDecoder(nn.Module):
@@ -112,20 +106,25 @@ class MegatronLmDecoder(nn.Module):
 
     embedding: Embedding | None
     head: Head | None
+    adapter: AdapterConfig | None = None  # what mtnlg.model.adapters has put in
 
     def __init__(self, config: MegatronModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = Embedding(config)
         self.layers = nn.ModuleDict(
-            {str(index): DecoderLayer(config, index) for index in range(config.num_hidden_layers)}
+            {str(index): make_layer(config, index) for index in range(config.num_hidden_layers)}
         )
         self.head = Head(config)
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make the head share the token embedding's matrix, where the config says so."""
-        if self.config.tie_word_embeddings and self.embedding is not None and self.head is not None:
+        """Make the head share the token embedding's matrix, where the config says so.
+
+        A head that was exchanged for another kind of module keeps the matrix that it was made from.
+        """
+        is_whole = self.embedding is not None and self.head is not None
+        if self.config.tie_word_embeddings and is_whole and isinstance(self.head.output, nn.Linear):
             self.head.output.weight = self.embedding.tokens.weight
 
     def forward(
@@ -145,7 +144,8 @@ class MegatronLmDecoder(nn.Module):
             labels: [batch, sequence] next tokens, ``-100`` ignored; with them the summed loss is
                 returned instead of logits.
             position_ids: [batch or 1, sequence]; ``None`` counts on from the cache's length.
-            document_ids: [batch, sequence]; tokens see only their own document's.
+            document_ids: [batch, sequence]; tokens see only their own document's, and those of
+                document -1, which is everyone's.
             attention_mask: [batch, 1, sequence, keys], true where a query may see a key; overrides
                 the causal and the document mask.
             cache: keys and values of earlier tokens.
@@ -157,14 +157,12 @@ class MegatronLmDecoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(start, start + sequence, device=input_ids.device)[None]
         hidden = input_ids if self.embedding is None else self.embedding(input_ids, position_ids)
-        rotation = None
-        if self.config.position_embedding == "rotary":
-            rotation = rotation_angles(self.config, position_ids, hidden.dtype)
+        rotations = Rotations(self.config, position_ids, hidden.dtype)
         mask = attention_mask
         if mask is None:
             mask = _causal_mask(sequence, start, document_ids, input_ids.device)
-        for layer in self.layers.values():
-            hidden = layer(hidden, rotation, mask, cache)
+        for index, layer in self.layers.items():
+            hidden = layer(hidden, rotations.of_layer(int(index)), mask, cache)
         if self.head is None:
             return DecoderOutput(hidden=hidden)
         if logits_at is not None:
@@ -178,6 +176,7 @@ def _causal_mask(
     """[batch or 1, 1, sequence, keys], or ``None`` where plain causal attention says the same."""
     if document_ids is not None:
         same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+        same |= (document_ids == EVERY_DOCUMENT)[:, None, None, :]
         return same.tril()  # not by ``sequence``, which is only a part under sequence parallelism
     if start == 0 or sequence == 1:
         return None
