@@ -132,7 +132,7 @@ def _window_problems(config: MegatronModelConfig) -> list[str]:
 def _norm_problems(config: MegatronModelConfig) -> list[str]:
     if config.parallel_residual and config.norm_placement != "before":
         return [
-            f"norm_placement is {config.norm_placement}: with parallel_residual it must be before: there is "
-            "one sum after both sub-blocks."
+            f"norm_placement is {config.norm_placement}: with parallel_residual it must be before, for "
+            "there is one sum after both sub-blocks."
         ]
     return []

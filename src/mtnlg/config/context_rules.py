@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mtnlg.config.attention_rules import follows_length
 from mtnlg.config.layout import LayoutConfig
 from mtnlg.config.model import MegatronModelConfig
 
@@ -39,4 +40,20 @@ def context_problems(layout: LayoutConfig, model: MegatronModelConfig, sequence_
             f"rank has {heads} (model.num_attention_heads / layout.tensor_parallel_size); choose a size "
             "that divides them, or layout.context_parallel_method: ring."
         )
-    return problems
+    return problems + _attention_problems(model, context)
+
+
+def _attention_problems(model: MegatronModelConfig, context: int) -> list[str]:
+    """What attention over parts of a sequence does not know."""
+    fields = {
+        "sliding_window": model.sliding_window is not None,
+        "attention_softcap": model.attention_softcap is not None,
+        "position_embedding": model.position_embedding == "alibi",
+        "rotary_scaling": follows_length(model),
+    }
+    return [
+        f"layout.context_parallel_size is {context}: model.{name} ({getattr(model, name)}) needs a rank to "
+        "have the whole sequence; choose 1, and more tensor- or data-parallel ranks."
+        for name, is_in_the_way in fields.items()
+        if is_in_the_way
+    ]

@@ -29,6 +29,11 @@ def expert_layout_problems(layout: LayoutConfig, model: MegatronModelConfig) -> 
             f"({model.num_experts})."
         )
     problems += sharing_problems(layout)
+    if model.shared_expert_size % tensor:
+        problems.append(
+            f"layout.tensor_parallel_size is {tensor}: it must divide "
+            f"model.shared_expert_intermediate_size ({model.shared_expert_size})."
+        )
     if model.expert_ffn_size % tensor:
         problems.append(
             f"layout.tensor_parallel_size is {tensor}: it must divide model.moe_intermediate_size "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtnlg.config import MegatronModelConfig
+from mtnlg.model.attention_scores import scores_of_layer
+from mtnlg.model.norms import make_head_norm
 from mtnlg.model.positions import Rotation, rotate
 
 
@@ -71,11 +74,15 @@ class Attention(nn.Module):
         self.key = nn.Linear(hidden, key_value_size, bias=bias)
         self.value = nn.Linear(hidden, key_value_size, bias=bias)
         self.output = nn.Linear(query_size, hidden, bias=config.has_attention_output_bias)
-        self.attention_function: Callable[..., Tensor] = scaled_dot_product
+        self.attention_function: Callable[..., Tensor] = (
+            scores_of_layer(config, layer_index) or scaled_dot_product
+        )
+        # Scores are divided by √d; where another number is asked for, queries make up for it.
+        scalar = config.attention_scalar or config.head_size
+        self.query_scale = math.sqrt(config.head_size / scalar)
         self.query_norm = self.key_norm = None
         if config.qk_normalization:
-            self.query_norm = nn.RMSNorm(config.head_size, eps=config.layernorm_eps)
-            self.key_norm = nn.RMSNorm(config.head_size, eps=config.layernorm_eps)
+            self.query_norm, self.key_norm = make_head_norm(config), make_head_norm(config)
 
     def forward(
         self,
@@ -112,6 +119,8 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
+        if self.query_scale != 1.0:
+            query = query * self.query_scale
         if cache is not None:
             key, value = cache.update(self.layer_index, key, value)
         dropout = self.attention_dropout if self.training else 0.0

@@ -34,6 +34,7 @@ def summed_cross_entropy(
     product: Product = F.linear,
     block_bytes: int | None = None,
     runs_once: bool = True,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum of the cross entropies of ``hidden @ weight.T`` over all labels that are not ignored.
 
@@ -45,6 +46,7 @@ def summed_cross_entropy(
         block_bytes: float32 logits that are made into a loss and gradient at once; ``None`` is a
             quarter of a chunk. A block that stays in a processor's cache is read from memory only once.
         runs_once: whether the backward pass runs at most once, and may use up what it keeps.
+        softcap: see :func:`softcapped`.
 
     Returns:
         A float32 scalar in nats, the sum and not the mean: the caller divides by the number of valid
@@ -53,12 +55,12 @@ def summed_cross_entropy(
     tokens, targets = hidden.flatten(0, -2), labels.flatten()
     if torch.is_grad_enabled() and (tokens.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropy.apply(
-            tokens, weight, targets, product, block_bytes or LOGITS_BYTES // 4, runs_once
+            tokens, weight, targets, product, block_bytes or LOGITS_BYTES // 4, runs_once, softcap
         )
     step = tokens_per_chunk(len(targets), weight.shape[0])
     total = torch.zeros((), dtype=torch.float32, device=tokens.device)
     for part, target in zip(tokens.split(step), targets.split(step)):
-        logits = product(part, weight).float()
+        logits = softcapped(product(part, weight).float(), softcap)
         total = total + F.cross_entropy(logits, target, ignore_index=IGNORED_LABEL, reduction="sum")
     return total
 
@@ -73,6 +75,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         product: Product,
         block_bytes: int,
         runs_once: bool,
+        softcap: float | None,
     ) -> Tensor:
         ctx.runs_once = runs_once
         step = tokens_per_chunk(len(targets), weight.shape[0])
@@ -84,8 +87,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part, target = tokens[start : start + step], targets[start : start + step]
             logits = product(part, weight)  # [chunk, vocab], soon their own gradient
             for block, labels in zip(logits.split(rows), target.split(rows)):
-                loss, gradient = loss_and_logit_gradient(block.float(), labels)
-                block.copy_(gradient)
+                capped = softcapped(block.float(), softcap)
+                loss, gradient = loss_and_logit_gradient(capped, labels)
+                block.copy_(gradient if softcap is None else gradient * softcap_slope(capped, softcap))
                 total += loss
             token_gradient[start : start + step] = logits @ weight.to(logits.dtype)
             update = logits.t() @ part.to(logits.dtype)  # [vocab, hidden]
@@ -100,7 +104,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once), *[None] * 4)
+        return (*scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once), *[None] * 5)
+
+
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """``softcap · tanh(logits / softcap)``; ``None`` leaves them (Gemma 2, arXiv 2408.00118)."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def softcap_slope(capped: Tensor, softcap: float) -> Tensor:
+    """Derivative of :func:`softcapped` by its input, from its result: ``1 - tanh²``."""
+    return 1.0 - (capped / softcap).square()
 
 
 def scaled(gradients: Iterable[Tensor], factor: Tensor, in_place: bool) -> list[Tensor]:

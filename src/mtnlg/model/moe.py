@@ -78,9 +78,11 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared = None
+        self.shared = self.shared_gate = None
         if config.num_shared_experts:
-            self.shared = Mlp(config, config.num_shared_experts * config.expert_ffn_size)
+            self.shared = Mlp(config, config.shared_expert_size)
+        if config.shared_expert_gate:
+            self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.run_experts: Callable[[Experts, Tensor, Tensor], Tensor] = run_here
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -94,4 +96,7 @@ class MixtureOfExperts(nn.Module):
         outputs = torch.zeros_like(done).index_copy(0, order, done).unflatten(0, (-1, num_selected))
         # [tokens, 1, experts per token] by [tokens, experts per token, hidden]
         mixed = torch.bmm(weights.flatten(0, -2)[:, None].to(done.dtype), outputs).view_as(hidden)
-        return mixed if self.shared is None else mixed + self.shared(hidden)
+        if self.shared is None:
+            return mixed
+        shared = self.shared(hidden)
+        return mixed + (shared if self.shared_gate is None else self.shared_gate(hidden).sigmoid() * shared)

@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from mtnlg.model import DecoderLayer, MegatronLmDecoder, summed_cross_entropy
+from mtnlg.model.attention import scaled_dot_product
 from mtnlg.parallel.cpu_attention import blockwise_attention
 from mtnlg.parallel.cpu_linear import onednn_linear
 
@@ -25,7 +26,8 @@ def use_cpu_kernels(decoder: MegatronLmDecoder, is_divided: bool, runs_once: boo
     """
     for layer in decoder.layers.values():
         assert isinstance(layer, DecoderLayer)
-        layer.attention.attention_function = blockwise_attention
+        if layer.attention.attention_function is scaled_dot_product:
+            layer.attention.attention_function = blockwise_attention
         for module in () if is_divided or not runs_once else layer.modules():
             if isinstance(module, nn.Linear):
                 # The forward of the instance is replaced instead of the module: names stay.

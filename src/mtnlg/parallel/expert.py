@@ -164,6 +164,10 @@ def _split_matrices(block: MixtureOfExperts, mesh: Mesh) -> None:
     block.router.losses.share = 1.0 / axis.size
     if block.shared is not None:
         _split_shared(block.shared, axis, mesh)
+    if block.shared_gate is not None:
+        gate = block.shared_gate
+        distribute(gate, axis, weight=COPY)
+        gate.forward = partial(_gate_of_share, gate)  # type: ignore[method-assign]
     block.forward = partial(_between_exchanges, axis, block.forward)  # type: ignore[method-assign]
 
 
@@ -181,6 +185,10 @@ def _between_exchanges(axis: TensorAxis, forward: Callable[[Tensor], Tensor], hi
 
 def _logits_of_share(hidden: Tensor, weight: Tensor) -> Tensor:
     return router_logits(hidden, local_weight(weight, Partial()))
+
+
+def _gate_of_share(gate: nn.Linear, hidden: Tensor) -> Tensor:
+    return F.linear(hidden, local_weight(gate.weight, Partial()))  # weights a share of the shared experts
 
 
 def _linear_of_part(linear: nn.Linear, product: Callable[..., Tensor], inputs: Tensor) -> Tensor:

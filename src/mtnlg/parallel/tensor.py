@@ -23,8 +23,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from mtnlg.config import MegatronModelConfig
 from mtnlg.model import DecoderLayer, MegatronLmDecoder
 from mtnlg.model.attention import Attention
+from mtnlg.model.attention_scores import ScoredAttention
 from mtnlg.model.decoder import Embedding, Head
 from mtnlg.model.mlp import Mlp
+from mtnlg.model.norms import RMSNorm1p, rms_norm_1p
 from mtnlg.parallel.async_tensor import linear_then_bias
 from mtnlg.parallel.cpu_linear import onednn_linear
 from mtnlg.parallel.exchange import TensorAxis
@@ -60,13 +62,12 @@ def split_matrices(
         _split_embedding(decoder.embedding, axis)
     for layer in decoder.layers.values():
         assert isinstance(layer, DecoderLayer)
-        copy_norm(layer.attention_norm, axis, axis.stream_gradient)
+        for norm in layer.stream_norms:
+            copy_norm(norm, axis, axis.stream_gradient)
         split_attention(layer.attention, decoder.config, axis, layer_product or product)
-        copy_norm(layer.mlp_norm, axis, axis.stream_gradient)
         if isinstance(layer.mlp, Mlp):
             split_mlp(layer.mlp, axis, layer_product or product)
     if decoder.head is not None:
-        copy_norm(decoder.head.norm, axis, axis.stream_gradient)
         _split_head(decoder.head, axis, product, gathers=not decoder.config.parallel_output)
     decoder.tie_weights()  # each user of a tied matrix got its own
 
@@ -95,6 +96,8 @@ def local_weight(weight: Tensor, gradient: Placement | None = None) -> Tensor:
 
 def copy_norm(norm: nn.Module, axis: TensorAxis, gradient: Placement) -> None:
     """Give every rank the whole weights of ``norm``, whose gradients arrive as ``gradient``."""
+    if isinstance(norm, nn.Identity):
+        return
     assert isinstance(norm, (nn.LayerNorm, nn.RMSNorm))
     distribute(norm, axis, weight=COPY, bias=COPY)
     _set_forward(norm, _norm, norm, gradient)
@@ -118,6 +121,10 @@ def split_attention(
             _set_forward(projection, _head_linear, projection, product, rows)
     distribute(attention.output, axis, weight=ROW, bias=COPY)
     _set_forward(attention.output, _row_linear, attention.output, axis, product)
+    if isinstance(attention.attention_function, ScoredAttention):
+        count = config.num_attention_heads // axis.size
+        mine = slice(axis.rank * count, (axis.rank + 1) * count)
+        attention.attention_function = attention.attention_function.of_heads(mine)
     for norm in (attention.query_norm, attention.key_norm):
         if norm is not None:
             copy_norm(norm, axis, Partial())  # applied to other heads on each rank
@@ -141,12 +148,25 @@ def _split_embedding(embedding: Embedding, axis: TensorAxis) -> None:
     if embedding.positions is not None:
         distribute(embedding.positions, axis, weight=COPY)
         _set_forward(embedding.positions, _positions, embedding.positions, axis)
+    if embedding.norm is not None:
+        copy_norm(embedding.norm, axis, axis.stream_gradient)
+    if embedding.projection is not None:
+        _copy_projection(embedding.projection, axis)
 
 
 def _split_head(head: Head, axis: TensorAxis, product: Product, gathers: bool) -> None:
+    copy_norm(head.norm, axis, axis.stream_gradient)
+    if head.projection is not None:
+        _copy_projection(head.projection, axis)
     distribute(head.output, axis, weight=COLUMN)
     _set_forward(head.output, _logits, head.output, axis, product, gathers)
     head.loss_function = VocabularyParallelLoss(axis, gathers, product)
+
+
+def _copy_projection(projection: nn.Linear, axis: TensorAxis) -> None:
+    """Let every rank project its part of the residual stream, or all of it where it has it whole."""
+    distribute(projection, axis, weight=COPY)
+    _set_forward(projection, _copied_linear, projection, axis.stream_gradient)
 
 
 def _set_forward(module: nn.Module, function: Callable[..., Tensor], *args: Any) -> None:
@@ -166,6 +186,10 @@ def _column_linear(module: nn.Linear, product: Product, inputs: Tensor) -> Tenso
     return product(inputs, local_weight(module.weight), bias)
 
 
+def _copied_linear(module: nn.Linear, gradient: Placement, inputs: Tensor) -> Tensor:
+    return F.linear(inputs, local_weight(module.weight, gradient))
+
+
 def _head_linear(module: nn.Linear, product: Product, rows: slice, inputs: Tensor) -> Tensor:
     """Some rows of a matrix that every rank holds whole."""
     bias = None if module.bias is None else local_weight(module.bias, Partial())[rows]
@@ -181,6 +205,8 @@ def _row_linear(module: nn.Linear, axis: TensorAxis, product: Product, inputs: T
 
 def _norm(module: nn.LayerNorm | nn.RMSNorm, gradient: Placement, hidden: Tensor) -> Tensor:
     weight = local_weight(module.weight, gradient)
+    if isinstance(module, RMSNorm1p):
+        return rms_norm_1p(hidden, module.normalized_shape, weight, module.eps)
     if isinstance(module, nn.RMSNorm):
         return F.rms_norm(hidden, module.normalized_shape, weight, module.eps)
     bias = None if module.bias is None else local_weight(module.bias, gradient)

@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mtnlg.model import IGNORED_LABEL
-from mtnlg.model.loss import loss_and_logit_gradient, scaled, tokens_per_chunk
+from mtnlg.model.loss import (
+    loss_and_logit_gradient,
+    scaled,
+    softcap_slope,
+    softcapped,
+    tokens_per_chunk,
+)
 from mtnlg.parallel.exchange import TensorAxis, all_gather, all_reduce
 
 BLOCK_BYTES = 2**22  # logits that stay in a processor's cache between the passes over them
@@ -37,10 +43,18 @@ class VocabularyParallelLoss:
         self.gathers = gathers
         self.product = product
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, runs_once: bool = True) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        runs_once: bool = True,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Hidden [batch, sequence or its part, hidden], weight [vocab, hidden], labels [batch, sequence].
 
-        With ``runs_once`` the backward pass runs at most once, and uses up what it keeps.
+        With ``runs_once`` the backward pass runs at most once, and uses up what it keeps; ``softcap`` is
+        that of :func:`mtnlg.model.loss.softcapped`.
 
         Returns:
             A float32 scalar, the same on all ranks of the axis.
@@ -50,7 +64,14 @@ class VocabularyParallelLoss:
         tokens = self.axis.enter(hidden).flatten(0, -2)
         shards = _Shards(self.axis, weight.shape[0])
         return _SplitCrossEntropy.apply(
-            tokens, weight.to_local(), labels.flatten(), shards, self.gathers, self.product, runs_once
+            tokens,
+            weight.to_local(),
+            labels.flatten(),
+            shards,
+            self.gathers,
+            self.product,
+            runs_once,
+            softcap,
         )
 
 
@@ -108,17 +129,25 @@ class _SplitCrossEntropy(torch.autograd.Function):
         gathers: bool,
         product: Callable[..., Tensor],
         runs_once: bool,
+        softcap: float | None,
     ) -> Tensor:
         ctx.runs_once = runs_once
         total, *gradients = _loss_and_gradients(
-            tokens, weight, targets, shards, gathers, product, with_gradients=any(ctx.needs_input_grad)
+            tokens,
+            weight,
+            targets,
+            shards,
+            gathers,
+            product,
+            softcap,
+            with_gradients=any(ctx.needs_input_grad),
         )
         ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once), *[None] * 5)
+        return (*scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once), *[None] * 6)
 
 
 def _loss_and_gradients(
@@ -128,6 +157,7 @@ def _loss_and_gradients(
     shards: _Shards,
     gathers: bool,
     product: Callable[..., Tensor],
+    softcap: float | None,
     with_gradients: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Summed loss of [tokens, hidden] and its gradients by them and by [part of vocab, hidden]."""
@@ -137,7 +167,8 @@ def _loss_and_gradients(
     weight_gradient: Tensor | None = None
     for start in range(0, len(targets), step):
         part, target = tokens[start : start + step], targets[start : start + step]
-        logits = product(part, weight).float()  # [chunk, part of vocab]
+        logits = softcapped(product(part, weight).float(), softcap)  # [chunk, part of vocab]
+        slope = None if softcap is None else softcap_slope(logits, softcap)
         if gathers:
             loss, gradient = loss_and_logit_gradient(shards.gather(logits), target)
             gradient = gradient[:, shards.start : shards.end]
@@ -145,7 +176,7 @@ def _loss_and_gradients(
             loss, gradient = _split_loss_and_gradient(logits, target, shards)
         total += loss
         if token_gradient is not None:
-            gradient = gradient.to(weight.dtype)
+            gradient = (gradient if slope is None else gradient * slope).to(weight.dtype)
             token_gradient[start : start + step] = product(gradient, weight.t())
             update = gradient.t() @ part  # [part of vocab, hidden]
             if weight_gradient is None:

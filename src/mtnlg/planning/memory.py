@@ -93,7 +93,7 @@ def _most_parameters(layout: LayoutConfig, model: MegatronModelConfig) -> float:
         sum(sizes[stage] for stage in layout.stages_of_rank(rank))
         for rank in range(layout.pipeline_parallel_size)
     ]
-    table = model.vocab_size * model.hidden_size
+    table = model.vocab_size * model.embedding_width
     if layout.pipeline_parallel_size > 1:  # the last stage holds a table of its own, tied or not
         of_ranks[0] += ends if model.tie_word_embeddings else ends - table
         of_ranks[-1] += table

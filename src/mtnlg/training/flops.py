@@ -37,13 +37,19 @@ def forward_flops(config: MegatronModelConfig, sequence_length: int) -> ForwardF
     query = config.num_attention_heads * config.head_size
     key_value = config.key_value_heads * config.head_size
     attention_matrices = hidden * (2 * query + 2 * key_value) * layers
+    is_projected = config.embedding_width != hidden  # once after the embedding, once before the head
     # Of experts, those that a token goes through; and the router.
     mlp_matrices = sum(mlp_weights(config, layer, active=True) for layer in range(layers))
     return ForwardFlops(
         linear=2.0 * (attention_matrices + mlp_matrices),
-        attention=4.0 * sequence_length * query * layers,
-        head=2.0 * hidden * config.vocab_size,
+        attention=4.0 * query * sum(_keys_seen(config, layer, sequence_length) for layer in range(layers)),
+        head=2.0 * config.embedding_width * (config.vocab_size + 2 * hidden * is_projected),
     )
+
+
+def _keys_seen(config: MegatronModelConfig, layer: int, sequence_length: int) -> int:
+    """Keys that a layer's scores are computed for: those in its window, where it has one."""
+    return min(sequence_length, config.window_of_layer(layer) or sequence_length)
 
 
 def model_flops_per_token(config: MegatronModelConfig, sequence_length: int) -> float:
