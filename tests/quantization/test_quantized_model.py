@@ -92,9 +92,7 @@ def test_codes_of_another_kind_are_refused():
     from mtnlg.quantization import codes_of_weights
 
     eight, four = make(quantize=True), make(quantize=True, quantize_config=dict(weights="int4"))
-    with pytest.raises(
-        CheckpointError, match=r"query.codes has torch.int8, and int4 is kept in"
-    ):
+    with pytest.raises(CheckpointError, match=r"query.codes has torch.int8, and int4 is kept in"):
         codes_of_weights(four, dict(eight.state_dict()))
 
 

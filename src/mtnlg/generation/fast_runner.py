@@ -12,6 +12,7 @@ from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
 from mtnlg.generation.linears import fewest_rows
 from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared import PreparedDecoder
+from mtnlg.generation.quantized_linears import have_kernel_for
 from mtnlg.generation.row_counts import filled_up
 from mtnlg.generation.runner import PAGE_SIZE, Row
 from mtnlg.generation.step_plan import Piece, StepPlan, plan_step
@@ -49,7 +50,8 @@ class FastRunner:
         self.vocab_size, self.max_length = config.vocab_size, config.max_position_embeddings
         self.device, self.dtype = parameter.device, dtype or parameter.dtype
         self.is_invariant = deterministic
-        self._fewest = fewest_rows(self.device, self.dtype)
+        has_integers = compile != "off" and have_kernel_for(model)
+        self._fewest = 1 if has_integers else fewest_rows(self.device, self.dtype)
         heads, size = config.key_value_heads, config.head_size
         self._pools = {
             int(layer): PagePool(num_pages, page_size, heads, size, self.dtype, self.device)

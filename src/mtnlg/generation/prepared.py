@@ -7,7 +7,7 @@ tokens of all sequences.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtnlg.generation.linears import Linear, make_linear
+from mtnlg.generation.quantized_linears import make_quantized_linear
 from mtnlg.generation.row_counts import filled_up
 from mtnlg.model import DecoderLayer, MegatronLmDecoder
 from mtnlg.model.attention import Attention, scaled_dot_product
@@ -23,6 +24,7 @@ from mtnlg.model.mlp import ACTIVATION_FUNCTIONS, Mlp
 from mtnlg.model.moe import Experts, MixtureOfExperts, run_here
 from mtnlg.model.positions import Rotation, rotate, rotation_angles
 from mtnlg.model.router import Router
+from mtnlg.quantization import QuantizedLinear
 
 # (layer, queries, keys and values [tokens, (heads + 2 · key_value_heads) · head_dim])
 # → [tokens, heads · head_dim]
@@ -38,6 +40,7 @@ OWN_MODULES = (
     Experts,
     Router,
     Head,
+    QuantizedLinear,
 )
 UNGATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 
@@ -289,8 +292,11 @@ def _linear(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = tor
 
 
 def _prepared_linear(
-    modules: list[nn.Linear] | tuple[nn.Linear, ...], dtype: torch.dtype, keeps_rows: bool = False
+    modules: Sequence[nn.Linear | QuantizedLinear], dtype: torch.dtype, keeps_rows: bool = False
 ) -> Linear:
+    quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
+    if len(quantized) == len(modules):
+        return make_quantized_linear(quantized, dtype, ACTIVATION_FUNCTIONS, keeps_rows)
     biases = [None if module.bias is None else module.bias.detach() for module in modules]
     weights = [module.weight.detach() for module in modules]
     return make_linear(weights, biases, dtype, ACTIVATION_FUNCTIONS, keeps_rows)

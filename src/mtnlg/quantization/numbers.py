@@ -59,17 +59,23 @@ def scales_and_zeros(grouped: Tensor, config: QuantizeConfig) -> tuple[Tensor, T
         config: the numbers.
 
     Returns:
-        [...] float32, and [...] int8 or ``None``.
+        [...] float32 that bf16 can say too, and [...] int8 or ``None``.
     """
     if config.weights == "float8":
-        return (grouped.abs().amax(-1) / LARGEST_FLOAT8).clamp_min(SMALLEST_SCALE), None
+        return _scale(grouped.abs().amax(-1) / LARGEST_FLOAT8), None
     steps = 2**config.bits - 1
     if config.symmetric:
-        return (grouped.abs().amax(-1) * (2 / steps)).clamp_min(SMALLEST_SCALE), None
+        return _scale(grouped.abs().amax(-1) * (2 / steps)), None
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
-    scales = ((high - low) / steps).clamp_min(SMALLEST_SCALE)
+    scales = _scale((high - low) / steps)
     zeros = (-low / scales).round().clamp(0, steps) - 2 ** (config.bits - 1)
     return scales, zeros.to(torch.int8)
+
+
+def _scale(values: Tensor) -> Tensor:
+    """The next number that bf16 has, so that files and kernels may keep scales in 16 bits without loss."""
+    bits = values.clamp_min(SMALLEST_SCALE).view(torch.int32)
+    return ((bits + 0xFFFF) & -0x10000).view(torch.float32)
 
 
 def rounded(values: Tensor, scales: Tensor, zeros: Tensor | None, config: QuantizeConfig) -> Tensor:

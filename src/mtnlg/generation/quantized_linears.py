@@ -1,0 +1,210 @@
+"""Matrix products of quantized layers in generation.
+
+Layers whose activations are rounded too (``activations: int8``) are products of integers and have a kernel
+for them (:mod:`~mtnlg.generation.integer_kernel`), which reads the codes as they are: half or a quarter of
+what bf16 reads. All others, and where that kernel cannot be had, compute over the matrix that the codes
+stand for, laid out like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtnlg.generation.huge_pages import use_huge_pages
+from mtnlg.generation.integer_kernel import load_kernel, loaded_kernel
+from mtnlg.generation.linears import Linear, make_linear
+from mtnlg.quantization import QuantizedLinear
+from mtnlg.quantization.linear import rounded_activations
+from mtnlg.quantization.numbers import Codes
+
+TILE = 32  # outputs
+INPUTS_OF_A_VECTOR = 8  # two times four
+IS_INT4, HAS_BF16_SCALES, IS_BF16, IS_SUM = 1, 2, 4, 8  # what the kernel is told
+
+Activations = dict[str, Callable[[Tensor], Tensor]]
+
+
+def is_for_kernel(module: object) -> bool:
+    """Whether the layer is a product of integers."""
+    if not isinstance(module, QuantizedLinear) or module.config.activations != "int8":
+        return False
+    is_cut_evenly = module.num_groups == 1 or module.group_length % INPUTS_OF_A_VECTOR == 0
+    is_here = module.codes.device.type == "cpu"
+    return module.config.weights in ("int8", "int4") and is_cut_evenly and is_here
+
+
+def have_kernel_for(model: nn.Module) -> bool:
+    """Load the kernel if the model has layers for it; whether all its matrices go through it."""
+    linears = [module for module in model.modules() if isinstance(module, (nn.Linear, QuantizedLinear))]
+    if not any(is_for_kernel(linear) for linear in linears) or load_kernel() is None:
+        return False
+    return all(is_for_kernel(linear) for linear in linears)
+
+
+class IntegerLinear:
+    """A linear layer over codes, as the kernel reads them (:class:`~mtnlg.generation.linears.Linear`).
+
+    Args:
+        codes: [out, in] and what belongs to them, of one layer or several side by side.
+        length: inputs of a group.
+        is_int4: whether codes have four bits.
+        bias: [out].
+        activations: functions by name.
+        kernel: as :func:`~mtnlg.generation.integer_kernel.load_kernel` gives it.
+    """
+
+    def __init__(
+        self,
+        codes: Codes,
+        length: int,
+        is_int4: bool,
+        bias: Tensor | None,
+        activations: Activations,
+        kernel: Any,
+    ) -> None:
+        self.activations, self._kernel = activations, kernel
+        self.outputs, self.inputs = codes.codes.shape
+        self.groups = codes.scales.shape[1]
+        self.group = -(-length // INPUTS_OF_A_VECTOR) * INPUTS_OF_A_VECTOR
+        self.codes = tiled_codes(codes.codes, self.groups * self.group, is_int4)
+        scales = _tiled(codes.scales)
+        is_short = self.groups > 1 and torch.equal(scales.bfloat16().float(), scales)
+        self.scales = scales.bfloat16() if is_short else scales
+        middle = 8 if is_int4 else 128
+        zeros = codes.zeros
+        self.zeros = None if zeros is None else _tiled((zeros.to(torch.int16) + middle).to(torch.uint8))
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.num_bytes = sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
+        use_huge_pages(self.codes.data_ptr(), self.codes.nbytes)
+        self._flags = IS_INT4 * is_int4 + HAS_BF16_SCALES * is_short
+        self._places = [None if t is None else t.data_ptr() for t in self._parts]
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.codes, self.scales, self.zeros, self.bias
+
+    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
+        """Nothing to gain: the kernel reads the codes once, for one row as for four."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        activation: str | None = None,
+        plus: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`~mtnlg.generation.linears.Linear`."""
+        other = plus if times is None else times
+        rows = rows.contiguous()
+        found = rows.new_empty(rows.shape[0], self.outputs)
+        if other is not None:
+            other = other.contiguous()
+        flags = self._flags + IS_BF16 * (rows.dtype == torch.bfloat16) + IS_SUM * (plus is not None)
+        self._kernel(
+            rows.data_ptr(),
+            found.data_ptr(),
+            None if other is None else other.data_ptr(),
+            rows.shape[0],
+            *self._places,
+            self.outputs,
+            self.inputs,
+            self.groups,
+            self.group,
+            flags,
+            torch.get_num_threads(),
+        )
+        return found if activation is None else self.activations[activation](found)
+
+
+class RoundedLinear:
+    """Rows rounded to 8 bits before a product that is not of integers.
+
+    Args:
+        inner: the product.
+    """
+
+    def __init__(self, inner: Linear) -> None:
+        self.inner, self.num_bytes = inner, inner.num_bytes
+
+    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
+        """See :class:`~mtnlg.generation.linears.Linear`."""
+        self.inner.compile_row(activation, other)
+
+    def __call__(
+        self,
+        rows: Tensor,
+        activation: str | None = None,
+        plus: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> Tensor:
+        """See :class:`~mtnlg.generation.linears.Linear`."""
+        return self.inner(rounded_activations(rows), activation, plus, times)
+
+
+def make_quantized_linear(
+    modules: Sequence[QuantizedLinear],
+    dtype: torch.dtype,
+    activations: Activations,
+    keeps_rows: bool = False,
+) -> Linear:
+    """One product that gives the outputs of several quantized layers side by side.
+
+    Args:
+        modules: the layers, of one config.
+        dtype: of rows and outputs.
+        activations: functions by name.
+        keeps_rows: see :class:`~mtnlg.generation.linears.PackedLinear`.
+    """
+    biases = [None if module.bias is None else module.bias.detach() for module in modules]
+    kernel = loaded_kernel()
+    if kernel is not None and all(is_for_kernel(module) for module in modules):
+        given = [bias for bias in biases if bias is not None]
+        is_int4 = modules[0].config.weights == "int4"
+        bias = torch.cat(given) if given else None
+        length, codes = modules[0].group_length, _side_by_side(modules)
+        return IntegerLinear(codes, length, is_int4, bias, activations, kernel)
+    weights = [module.dequantize().to(dtype) for module in modules]
+    inner = make_linear(weights, biases, dtype, activations, keeps_rows)
+    return RoundedLinear(inner) if modules[0].config.activations == "int8" else inner
+
+
+def _side_by_side(modules: Sequence[QuantizedLinear]) -> Codes:
+    parts = [module.unpacked() for module in modules]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return Codes(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+    )
+
+
+def tiled_codes(codes: Tensor, padded: int, is_int4: bool) -> Tensor:
+    """Codes in the order in which the kernel reads them.
+
+    Args:
+        codes: [out, in] int8.
+        padded: inputs, filled up with codes of zero.
+        is_int4: two to a byte.
+
+    Returns:
+        uint8 [tiles, padded / 4, 2, 16, 4], or with int4 [tiles, padded / 8, 2, 16, 4]
+    """
+    outputs, inputs = codes.shape
+    filled = F.pad(codes, (0, padded - inputs, 0, -outputs % TILE)).to(torch.int16)
+    unsigned = (filled + (8 if is_int4 else 128)).to(torch.uint8)
+    fours = unsigned.view(-1, 2, 16, padded // 4, 4)  # [tiles, 2, 16, fours, 4]
+    if not is_int4:
+        return fours.permute(0, 3, 1, 2, 4).contiguous()
+    low, high = fours[:, :, :, 0::2], fours[:, :, :, 1::2]
+    return (low | (high << 4)).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _tiled(values: Tensor) -> Tensor:
+    """[out, groups] → [tiles, groups, 32]"""
+    filled = F.pad(values, (0, 0, 0, -values.shape[0] % TILE))
+    return filled.view(-1, TILE, values.shape[1]).transpose(1, 2).contiguous()

@@ -1,0 +1,138 @@
+"""Products of integers in the fast runner: the same as the quantized layers' own, whatever the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mtnlg import MegatronLmModel, MegatronModelConfig
+from mtnlg.config.quantize import QuantizeConfig
+from mtnlg.generation import integer_kernel, quantized_linears
+from mtnlg.generation.fast_runner import FastRunner
+from mtnlg.generation.integer_kernel import load_kernel
+from mtnlg.generation.prepared import can_prepare
+from mtnlg.generation.quantized_linears import IntegerLinear, RoundedLinear, make_quantized_linear
+from mtnlg.generation.runner import PlainRunner, Row
+from mtnlg.model.mlp import ACTIVATION_FUNCTIONS
+from mtnlg.quantization import QuantizedLinear
+
+needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="no C++ compiler, or no AVX-512 VNNI")
+KINDS = [
+    QuantizeConfig("int8", 0, True, "int8"),
+    QuantizeConfig("int8", 32, True, "int8"),
+    QuantizeConfig("int8", 0, False, "int8"),
+    QuantizeConfig("int4", 32, True, "int8"),
+    QuantizeConfig("int4", 16, False, "int8"),
+    QuantizeConfig("int4", 0, False, "int8"),
+]
+
+
+def layers(config, sizes=(40, 7), inputs=72, bias=True):
+    torch.manual_seed(5)
+    return [QuantizedLinear.of(nn.Linear(inputs, size, bias=bias), config) for size in sizes]
+
+
+@needs_kernel
+@pytest.mark.parametrize("config", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_computes_what_the_layers_do(config, dtype):
+    modules = layers(config)
+    product = make_quantized_linear(modules, dtype, ACTIVATION_FUNCTIONS)
+    assert isinstance(product, IntegerLinear)
+    for count in (1, 2, 3, 4, 5, 11):
+        rows = torch.randn(count, 72).to(dtype)
+        other = torch.randn(count, 47).to(dtype)
+        expected = torch.cat([module(rows.float()) for module in modules], dim=1)
+        near = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.01, rtol=0.01)
+        torch.testing.assert_close(product(rows).float(), expected, **near)
+        wanted = ACTIVATION_FUNCTIONS["gelu"](expected)
+        torch.testing.assert_close(product(rows, "gelu").float(), wanted, **near)
+        torch.testing.assert_close(product(rows, plus=other).float(), expected + other.float(), **near)
+        torch.testing.assert_close(product(rows, times=other).float(), expected * other.float(), **near)
+
+
+@needs_kernel
+@pytest.mark.parametrize("inputs", [8, 20, 64, 200])
+def test_any_number_of_inputs(inputs):
+    for config in KINDS[:1] + KINDS[3:4]:
+        (module,) = layers(config, (33,), inputs, bias=False)
+        product = make_quantized_linear([module], torch.float32, ACTIVATION_FUNCTIONS)
+        rows = torch.randn(3, inputs)
+        torch.testing.assert_close(product(rows), module(rows), atol=1e-5, rtol=1e-5)
+
+
+@needs_kernel
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_a_row_does_not_depend_on_those_beside_it(config):
+    product = make_quantized_linear(layers(config), torch.float32, ACTIVATION_FUNCTIONS)
+    rows = torch.randn(9, 72) * torch.logspace(-3, 3, 9)[:, None]
+    together = product(rows)
+    assert all(torch.equal(product(rows[place : place + 1])[0], together[place]) for place in range(9))
+
+
+@needs_kernel
+def test_weights_take_their_bits_of_memory():
+    (module,) = layers(KINDS[3], (64,), 128)
+    product = make_quantized_linear([module], torch.float32, ACTIVATION_FUNCTIONS)
+    assert product.num_bytes == 64 * 128 // 2 + 64 * 4 * 2  # codes, scales in bf16
+
+
+def test_without_the_kernel_the_matrix_is_made_floating_point_again(monkeypatch):
+    monkeypatch.setattr(quantized_linears, "loaded_kernel", lambda: None)
+    for config in (KINDS[3], QuantizeConfig("int4"), QuantizeConfig("float8")):
+        modules = layers(config)
+        product = make_quantized_linear(modules, torch.float32, ACTIVATION_FUNCTIONS)
+        assert isinstance(product, RoundedLinear) == (config.activations == "int8")
+        rows = torch.randn(5, 72)
+        expected = torch.cat([module(rows) for module in modules], dim=1)
+        torch.testing.assert_close(product(rows), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(integer_kernel, "_LOADED", [])
+    monkeypatch.setattr(integer_kernel, "_processor", lambda: "another")
+    with caplog.at_level("INFO"):
+        assert integer_kernel.load_kernel() is None
+    assert "avx512_vnni" in caplog.text
+    assert integer_kernel.loaded_kernel() is None
+
+
+FAMILIES = [
+    dict(),
+    dict(
+        position_embedding="rotary", normalization="rmsnorm", activation_function="swiglu",
+        attention_bias=False, mlp_bias=False, tie_word_embeddings=False, num_key_value_heads=2,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        dict(),
+        dict(activations="int8"),
+        dict(weights="int4", activations="int8"),
+        dict(weights="int4", symmetric=False, activations="int8", head="float"),
+        dict(weights="float8"),
+    ],
+    ids=str,
+)
+def test_the_fast_runner_says_what_the_plain_one_says(family, quantize):
+    config = MegatronModelConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=40, init_method_std=0.15, quantize=True, quantize_config=quantize, **family,
+    )  # fmt: skip
+    model = MegatronLmModel(config).eval()
+    assert can_prepare(model)
+    load_kernel()
+    fast, plain = FastRunner(model, 8), PlainRunner(model, 8)
+    steps = [
+        [Row([3, 9, 4, 1, 7], 0, [0], 5), Row([5, 2], 0, [1], 1)],
+        [Row([8], 5, [0]), Row([6], 2, [1])],
+        [Row([11], 6, [0])],
+    ]
+    for rows in steps:
+        # Where a value lies between two codes, a last bit decides: one code apart in 127.
+        torch.testing.assert_close(fast.run(rows), plain.run(rows), atol=0.02, rtol=0.02)
