@@ -9,6 +9,12 @@ from typing import Any
 
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
 from mtnlg.interop.architecture import LLAMA_DEFAULTS, LLAMA_FIELDS, Architecture
+from mtnlg.interop.encoder_decoder_families import (
+    ENCODER_DECODER_FAMILIES,
+    encoder_decoder_from_saved,
+    encoder_decoder_to_saved,
+    nearest_encoder_decoder,
+)
 from mtnlg.interop.moe_families import MOE_FAMILIES, moe_from_saved, moe_requirements, moe_to_saved
 
 OWN_KEY = "mtnlg"  # our whole config rides along in config.json, for what the family cannot say
@@ -80,7 +86,7 @@ _QWEN3 = Architecture(
 )
 ARCHITECTURES = {
     family.model_type: family for family in (_GPT2, _LLAMA, _QWEN2, _QWEN3, *MOE_FAMILIES.values())
-}
+} | ENCODER_DECODER_FAMILIES
 
 
 def nearest_architecture(config: MegatronModelConfig) -> Architecture:
@@ -89,8 +95,11 @@ def nearest_architecture(config: MegatronModelConfig) -> Architecture:
     Raises:
         ConfigError: there is none; each field in the way of the nearest one is named.
     """
+    if config.architecture == "encoder_decoder":
+        return nearest_encoder_decoder(config)
     has_experts = config.num_experts is not None
-    candidates = [name for name in ARCHITECTURES if (name in MOE_FAMILIES) == has_experts]
+    decoders = [name for name in ARCHITECTURES if name not in ENCODER_DECODER_FAMILIES]
+    candidates = [name for name in decoders if (name in MOE_FAMILIES) == has_experts]
     problems = {name: _obstacles(name, config) for name in candidates}
     best = min(problems, key=lambda name: len(problems[name]))
     if problems[best]:
@@ -146,8 +155,11 @@ def to_hugging_face(config: MegatronModelConfig) -> dict[str, Any]:
         ConfigError: no architecture fits, and why.
     """
     family = nearest_architecture(config)
+    if config.architecture == "encoder_decoder":
+        written = encoder_decoder_to_saved(config)
+        return _with_names(family, written, config)
     values = {**config.to_dict(), **_derived(config)}
-    written: dict[str, Any] = {key: values[name] for name, key in family.fields.items()}
+    written = {key: values[name] for name, key in family.fields.items()}
     if family is _GPT2:
         names = {ours: theirs for theirs, ours in reversed(_PLAIN_ACTIVATIONS.items())}
         written |= dict(
@@ -167,12 +179,14 @@ def to_hugging_face(config: MegatronModelConfig) -> dict[str, Any]:
             written |= moe_to_saved(family.model_type, config)
         if family is _LLAMA:
             written["mlp_bias"] = config.mlp_bias
-    return {
-        "model_type": family.model_type,
-        "architectures": [family.class_name],
-        **written,
-        OWN_KEY: config.to_dict(),
-    }
+    return _with_names(family, written, config)
+
+
+def _with_names(
+    family: Architecture, written: dict[str, Any], config: MegatronModelConfig
+) -> dict[str, Any]:
+    names = dict(model_type=family.model_type, architectures=[family.class_name])
+    return {**names, **written, OWN_KEY: config.to_dict()}
 
 
 def _derived(config: MegatronModelConfig) -> dict[str, Any]:
@@ -203,6 +217,8 @@ def from_hugging_face(saved: dict[str, Any], where: str) -> MegatronModelConfig:
             f"{', '.join(ARCHITECTURES)} can be read."
         )
     _refuse_unsupported(family, saved, where)
+    if family.model_type in ENCODER_DECODER_FAMILIES:
+        return encoder_decoder_from_saved(saved, where, saved.get(OWN_KEY))
     values = {**family.defaults, **saved}
     known = {name: values[key] for name, key in family.fields.items()}
     known |= _from_gpt2(values, where) if family is _GPT2 else _from_llama(family, values, where)
