@@ -65,6 +65,7 @@ class Case:
         rows: sequences of a micro-batch.
         sequence: tokens of a sequence.
         bound: of every relative difference in a step; ``None`` is that of the precision.
+        adapter: fields of an ``AdapterConfig``; empty trains the model's own weights.
     """
 
     tensor: int = 1
@@ -83,6 +84,7 @@ class Case:
     rows: int = 2
     sequence: int = 8
     bound: float | None = None
+    adapter: dict[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -93,7 +95,7 @@ class Case:
     def name(self) -> str:
         """What is special about it; no two cases of one name differ."""
         parts = [self.family, "tied" if self.tied else "untied", self.layout_name]
-        changed = {**self.model, **self.layout, **self.precision, **self.switches}
+        changed = {**self.model, **self.layout, **self.precision, **self.switches, **self.adapter}
         parts += [f"{key}={value}" for key, value in changed.items()]
         usual = {"micro_batches": None, "rows": 2, "sequence": 8}
         parts += [
@@ -180,12 +182,11 @@ def compare(
         replicas=max(2, case.data),
     )
     references = {} if references is None else references
-    key = repr((sorted(model.items()), data))
+    key = repr((sorted(model.items()), data, case.adapter))
     if key not in references:
-        references[key] = pool.run(1, parity_worker.run_case, model, layout_fields(1, 1, 1), data, {}, {})[
-            0
-        ]
-    args = (model, layout, data, case.precision, case.switches)
+        one = (model, layout_fields(1, 1, 1), data, {}, {}, case.adapter)
+        references[key] = pool.run(1, parity_worker.run_case, *one)[0]
+    args = (model, layout, data, case.precision, case.switches, case.adapter)
     return _difference(references[key], pool.run(case.size, parity_worker.run_case, *args, timeout=timeout))
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
+import torch
 from tests.parallel.workers import SEED, make_batches, mesh_of, share_of, whole
 
 from mtnlg.config import MegatronModelConfig, OptimizerConfig, PrecisionConfig, TrainingConfig
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.model.adapters import is_of_adapter
 from mtnlg.parallel import Mesh, ParallelModel, lay_out
+from mtnlg.parallel.adapters import start_laid_out_adapter
+from mtnlg.parallel.weights import local_slice
 from mtnlg.tokens.batch import Batch
 from mtnlg.training.loss_scale import LossScale
-from mtnlg.training.optimizers import Optimizer
+from mtnlg.training.optimizers import Optimizer, local
 from mtnlg.training.step import TrainingStep
 
 STEPS = 3
@@ -26,11 +32,16 @@ def run_case(
     data_fields: dict[str, Any],
     precision_fields: dict[str, Any],
     switches: dict[str, Any],
+    adapter_fields: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What one step gives from the first weights, and the weights after three steps of AdamW."""
     config, precision = MegatronModelConfig(**model_fields), PrecisionConfig(**precision_fields)
     mesh = mesh_of(layout_fields)
-    model = lay_out(config, mesh, SEED, precision, TrainingConfig(**switches))
+    adapter = AdapterConfig(**adapter_fields) if adapter_fields else None
+    model = lay_out(config, mesh, SEED, precision, TrainingConfig(**switches), adapter)
+    if adapter is not None:
+        start_laid_out_adapter(model, adapter, SEED)
+        move_from_the_start(model)
     weights = whole_weights(model)
     batches = make_batches(config.vocab_size, **data_fields)
     found = {"weights": weights, **first_gradients(model, mesh, batches, LossScale(precision).value)}
@@ -43,6 +54,16 @@ def run_case(
         outcomes.append(step.run(share_of(batches, mesh), count_valid(batches), factor=1.0))
     assert all(outcome.applied for outcome in outcomes), outcomes
     return {**found, "weights_after": whole_weights(model)}
+
+
+@torch.no_grad()
+def move_from_the_start(model: ParallelModel) -> None:
+    """Away from zeros, where some gradients are none."""
+    for name, tensor in model.state_dict().items():
+        if is_of_adapter(name):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            moves = 0.1 * torch.randn(tensor.shape, generator=generator)
+            local(tensor).add_(local_slice(moves, tensor))
 
 
 def first_gradients(

@@ -68,15 +68,15 @@ def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
         _put_virtual_tokens(decoder, config)
     if config.method == "prefix":
         for layer in decoder.layers.values():
-            assert isinstance(layer, DecoderLayer)
-            beside = layer.attention.key
+            attention = layer.get_submodule("attention")
+            assert isinstance(attention, Attention)
             prefix = PrefixKeyValues(
                 config.num_virtual_tokens,
                 decoder.config.key_value_heads,
                 decoder.config.head_size,
-                **_kind(beside),
+                **_kind(attention.key),
             )
-            add_prefix(layer.attention, prefix)
+            add_prefix(attention, prefix)
     decoder.adapter = config
 
 

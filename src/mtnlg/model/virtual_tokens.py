@@ -128,8 +128,9 @@ def _attend(
     key: Tensor,
     value: Tensor,
     *rest: object,
+    **options: object,
 ) -> Tensor:
-    return function(query, *prefix(key, value), *rest)
+    return function(query, *prefix(key, value), *rest, **options)
 
 
 def take_out_virtual_tokens(embedding: nn.Module) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from mtnlg.config import MegatronModelConfig, PrecisionConfig, TrainingConfig
+from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.pipeline_rules import splits_backward
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.parallel.adapters import lay_out_adapter
 from mtnlg.parallel.async_tensor import use_async_tensor_parallel
 from mtnlg.parallel.context import share_context
 from mtnlg.parallel.cpu_kernels import use_cpu_kernels
@@ -29,6 +31,7 @@ def lay_out(
     seed: int = 1234,
     precision: PrecisionConfig | None = None,
     switches: TrainingConfig | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> ParallelModel:
     """Build the model of ``config`` on ``mesh``, with the same first weights in every layout.
 
@@ -38,17 +41,19 @@ def lay_out(
         seed: of the initialisation.
         precision: number formats; ``None`` is float32.
         switches: recomputation, offloading and compilation; ``None`` is none of them.
+        adapter: is trained instead of the model's own weights; see also
+            :func:`~mtnlg.parallel.adapters.start_laid_out_adapter`.
     """
     precision, switches = precision or PrecisionConfig(), switches or TrainingConfig()
     switches.check_device(mesh.device.type)
     check_float8(precision, mesh.device.type)
-    stages = [_lay_out_stage(config, mesh, number, precision, switches) for number in mesh.stages]
+    stages = [_lay_out_stage(config, mesh, number, precision, switches, adapter) for number in mesh.stages]
     check_division(stages, config, mesh)
     for stage in stages:
         make_memory(stage, mesh)
         stage.decoder.tie_weights()  # ``to_empty`` gives a shared parameter two memories
         initialize(stage, config, seed)
-    return ParallelModel(stages, config, mesh, precision)
+    return ParallelModel(stages, config, mesh, precision, adapter)
 
 
 def _lay_out_stage(
@@ -57,6 +62,7 @@ def _lay_out_stage(
     number: int,
     precision: PrecisionConfig,
     switches: TrainingConfig,
+    adapter: AdapterConfig | None,
 ) -> Stage:
     """One stage, laid out on the meta device: memory comes when it is known which part is ours."""
     with torch.device("meta"):
@@ -74,6 +80,8 @@ def _lay_out_stage(
     if splits_backward(mesh.layout):
         keep_loss_for_two_passes(decoder)
     divide_experts(decoder, mesh)
+    if adapter is not None:
+        lay_out_adapter(decoder, adapter, mesh)
     share_context(decoder, mesh)
     separate_attention_dropout(decoder, mesh)
     recompute_activations(decoder, switches, mesh)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mtnlg.config import MegatronModelConfig, PrecisionConfig
+from mtnlg.config.adapter import AdapterConfig
 from mtnlg.model import IGNORED_LABEL, MegatronLmDecoder
 from mtnlg.parallel import gradients
+from mtnlg.parallel.adapters import with_virtual_tokens
 from mtnlg.parallel.context import part_of_sequence
 from mtnlg.parallel.data import DTYPES, BackwardCount, keep_weights
 from mtnlg.parallel.mesh import Mesh
@@ -32,6 +34,7 @@ class ParallelModel:
         mesh: this rank's place.
         precision: of the computation; the parameters named here stay float32. In 16 bits a working
             copy is cast after each step, and where FSDP frees weights it casts as it gathers.
+        adapter: what is trained beside frozen weights, if anything is.
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class ParallelModel:
         config: MegatronModelConfig,
         mesh: Mesh,
         precision: PrecisionConfig,
+        adapter: AdapterConfig | None = None,
     ) -> None:
         dtype = DTYPES[precision.dtype]
         self.stages = list(stages)
         self.config = config
+        self.adapter = adapter
         self.mesh = mesh
         self.device = mesh.device
         self._pipeline: Pipeline | None = None
@@ -144,7 +149,7 @@ class ParallelModel:
             self._keeper.begin(len(batches))
         factor = loss_scale / torch.as_tensor(num_valid_tokens, dtype=torch.float32, device=self.device)
         self._routing.begin(factor)
-        batches = [part_of_sequence(batch, self.mesh).to(self.device) for batch in batches]
+        batches = [self._as_read(batch) for batch in batches]
         if self._pipeline is not None:
             total = self._pipeline.forward_backward(batches, factor)
         else:
@@ -167,7 +172,7 @@ class ParallelModel:
         self.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:
-            batch = part_of_sequence(batch, self.mesh).to(self.device)
+            batch = self._as_read(batch)
             loss = self._pipeline.evaluate(batch) if self._pipeline else self._loss(batch)
             if self.mesh.has_last_stage:
                 sums[0] += loss
@@ -213,9 +218,16 @@ class ParallelModel:
         if self.config.tie_word_embeddings and self.mesh.ends_group is not None:
             gradients.sum_tied_copies(self._parameters[TIED_ORIGINAL].grad, self.mesh)
 
+    def _as_read(self, batch: Batch) -> Batch:
+        """What this rank reads of a batch, on its device."""
+        batch = with_virtual_tokens(batch, self.adapter, self.config.vocab_size)
+        return part_of_sequence(batch, self.mesh).to(self.device)
+
     def _loss(self, batch: Batch) -> Tensor:
         (stage,) = self.stages
-        return stage(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
+        return stage(
+            batch.input_ids, batch.labels, batch.position_ids, batch.document_ids, batch.prefix_lengths
+        )
 
     def _refresh(self) -> None:
         if self._keeper is not None:

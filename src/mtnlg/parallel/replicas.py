@@ -34,7 +34,8 @@ class Replicas:
     """Whole weights on every replica, float32 masters whole (``ddp``) or in parts (``zero1``).
 
     Args:
-        parameters: the model's by canonical name, float32, the same on every replica.
+        parameters: the model's by canonical name, float32, the same on every replica. Frozen ones are
+            their own masters, in the dtype of the computation.
         mesh: this rank's place; weights are shared out over its weight axes (experts over theirs).
         dtype: of the computation; ``None`` is float32, and the masters share the weights' memory.
         reduce_dtype: of gradients on their way.
@@ -56,8 +57,9 @@ class Replicas:
         self._buckets: list[Bucket] = []
         masters = {}
         for name, weight in reversed(list(parameters.items())):  # the order of the backward pass
-            masters[name] = self._add(weight, 2 if name in shared else 1)
-        self.masters = {name: masters[name] for name in parameters}
+            if weight.requires_grad:
+                masters[name] = self._add(weight, 2 if name in shared else 1)
+        self.masters = {name: masters.get(name, weight) for name, weight in parameters.items()}
         if self._has_own_masters:
             for weight in parameters.values():
                 cast(weight, dtype or torch.float32)
@@ -127,7 +129,8 @@ class Replicas:
         """Let each of ``modules``, which together hold all weights, wait for its own when it runs."""
         homes = {id(item.weight): bucket for bucket in self._buckets for item in bucket.weights}
         for module in modules:
-            needed = list(dict.fromkeys(homes[id(weight)] for weight in module.parameters()))
+            trained = [weight for weight in module.parameters() if weight.requires_grad]
+            needed = list(dict.fromkeys(homes[id(weight)] for weight in trained))
             module.register_forward_pre_hook(partial(self._before, needed))
         self._waits_in_forward = True
 

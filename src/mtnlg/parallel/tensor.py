@@ -118,9 +118,9 @@ def split_attention(
             distribute(projection, axis, weight=COPY, bias=COPY)
             first = axis.rank * heads // axis.size * config.head_size
             rows = slice(first, first + config.head_size)
-            _set_forward(projection, _head_linear, projection, product, rows)
+            _set_forward(projection, head_linear, projection, product, rows)
     distribute(attention.output, axis, weight=ROW, bias=COPY)
-    _set_forward(attention.output, _row_linear, attention.output, axis, product)
+    _set_forward(attention.output, row_linear, attention.output, axis, product)
     if isinstance(attention.attention_function, ScoredAttention):
         count = config.num_attention_heads // axis.size
         mine = slice(axis.rank * count, (axis.rank + 1) * count)
@@ -138,7 +138,7 @@ def split_mlp(mlp: Mlp, axis: TensorAxis, product: Product) -> None:
             distribute(linear, axis, weight=COLUMN, bias=COLUMN)
             _set_forward(linear, _column_linear, linear, product)
     distribute(mlp.down, axis, weight=ROW, bias=COPY)
-    _set_forward(mlp.down, _row_linear, mlp.down, axis, product)
+    _set_forward(mlp.down, row_linear, mlp.down, axis, product)
     _set_forward(mlp, _on_whole_sequence, axis, mlp.forward)
 
 
@@ -190,13 +190,14 @@ def _copied_linear(module: nn.Linear, gradient: Placement, inputs: Tensor) -> Te
     return F.linear(inputs, local_weight(module.weight, gradient))
 
 
-def _head_linear(module: nn.Linear, product: Product, rows: slice, inputs: Tensor) -> Tensor:
+def head_linear(module: nn.Linear, product: Product, rows: slice, inputs: Tensor) -> Tensor:
     """Some rows of a matrix that every rank holds whole."""
     bias = None if module.bias is None else local_weight(module.bias, Partial())[rows]
     return product(inputs, local_weight(module.weight, Partial())[rows], bias)
 
 
-def _row_linear(module: nn.Linear, axis: TensorAxis, product: Product, inputs: Tensor) -> Tensor:
+def row_linear(module: nn.Linear, axis: TensorAxis, product: Product, inputs: Tensor) -> Tensor:
+    """A matrix divided by its inputs: each rank's share, their sum, the bias once."""
     output = axis.leave(product(inputs, local_weight(module.weight), None))
     if module.bias is None:
         return output

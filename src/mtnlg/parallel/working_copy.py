@@ -44,7 +44,7 @@ class WorkingCopy:
 
     Args:
         parameters: the model's by canonical name, float32; they become the working copy, in place.
-            Of a DTensor this rank's part is copied.
+            Of a DTensor this rank's part is copied. Frozen ones are their own masters.
         dtype: of the working copy, as ``torch.bfloat16``.
         device: where masters and their gradients are kept; ``None`` is where the model is.
     """
@@ -55,11 +55,12 @@ class WorkingCopy:
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> None:
-        self.masters = {
+        self._weights = {name: item for name, item in parameters.items() if item.requires_grad}
+        self._masters = {
             name: master_of(parameter, local_part(parameter.detach()), device)
-            for name, parameter in parameters.items()
+            for name, parameter in self._weights.items()
         }
-        self._weights = dict(parameters)
+        self.masters = {**parameters, **self._masters}
         self._versions: list[int] = []
         for name, weight in parameters.items():
             cast(weight, dtype)
@@ -82,10 +83,10 @@ class WorkingCopy:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the masters into the model, unless nothing has written to them since."""
-        versions = [master._version for master in self.masters.values()]
+        versions = [master._version for master in self._masters.values()]
         if versions == self._versions:
             return
-        masters = [local_part(master.detach()) for master in self.masters.values()]
+        masters = [local_part(master.detach()) for master in self._masters.values()]
         torch._foreach_copy_([local_part(item.detach()) for item in self._weights.values()], masters)
         self._versions = versions
 

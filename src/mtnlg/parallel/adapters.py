@@ -1,0 +1,233 @@
+"""Adapters in a laid-out model: which rank holds what of them, and texts with virtual tokens in them.
+
+A low-rank update is divided like the matrix beside it: B with the outputs where those are split, A with
+the inputs where those are, the other whole on every rank with its share of the gradient. Where inputs are
+split the update is added before the sum over ranks that the layer ends in, so no layer sends more than
+without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Partial
+
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.config.errors import ConfigError
+from mtnlg.config.layout import LayoutConfig
+from mtnlg.config.model import MegatronModelConfig
+from mtnlg.model import MegatronLmDecoder
+from mtnlg.model.adapters import (
+    PROMPT_NAME,
+    adapted_linears,
+    first_tokens,
+    prefixed,
+    put_adapter,
+)
+from mtnlg.model.low_rank import CHILD, LowRankUpdate, dense_weight, low_rank_of
+from mtnlg.model.virtual_tokens import numbers_in_front, rows_with_virtual
+from mtnlg.parallel.exchange import TensorAxis, all_reduce
+from mtnlg.parallel.mesh import Mesh
+from mtnlg.parallel.tensor import (
+    COLUMN,
+    COPY,
+    ROW,
+    Product,
+    distribute,
+    head_linear,
+    local_weight,
+    row_linear,
+)
+from mtnlg.parallel.weights import local_slice, whole_tensor
+from mtnlg.tokens.batch import Batch
+
+if TYPE_CHECKING:
+    from mtnlg.parallel.model import ParallelModel
+
+
+def adapter_problems(
+    config: AdapterConfig, model: MegatronModelConfig, layout: LayoutConfig, sequence_length: int
+) -> list[str]:
+    """Every reason why a laid-out model cannot have this adapter; empty when it can.
+
+    Args:
+        config: the adapter.
+        model: the architecture.
+        layout: how it is divided.
+        sequence_length: tokens of one sample, without virtual ones.
+    """
+    problems = []
+    longest = sequence_length + config.num_positions
+    if longest > model.max_position_embeddings:
+        problems.append(
+            f"data.sequence_length is {sequence_length}: with {config.num_positions} virtual tokens a "
+            f"sample has {longest}, and the model {model.max_position_embeddings} positions."
+        )
+    if config.num_positions and layout.context_parallel_size > 1:
+        problems.append(
+            f"layout.context_parallel_size is {layout.context_parallel_size}: virtual tokens are seen by "
+            "all of a sequence, which ranks cannot share then; use lora, or 1."
+        )
+    tensor = layout.tensor_parallel_size
+    if config.num_positions and tensor > 1 and layout.sequence_parallel and longest % tensor:
+        problems.append(
+            f"num_virtual_tokens is {config.num_positions}: with layout.sequence_parallel, samples of "
+            f"{longest} tokens must be divisible by layout.tensor_parallel_size ({tensor})."
+        )
+    if model.quantize and tensor > 1:
+        problems.append(
+            f"layout.tensor_parallel_size is {tensor}: quantized weights below an adapter are not "
+            "divided; use pipeline or data parallelism."
+        )
+    return problems
+
+
+def lay_out_adapter(decoder: MegatronLmDecoder, config: AdapterConfig, mesh: Mesh) -> None:
+    """Put an adapter into a stage whose own matrices are divided already."""
+    put_adapter(decoder, config)
+    if decoder.embedding is not None and mesh.num_stages > 1:
+        decoder.embedding.require_grads = True  # what a stage sends must have a gradient
+    if mesh.tensor_size == 1:
+        return
+    axis = TensorAxis(mesh.axis("tensor"), mesh.layout.sequence_parallel)
+    for _, linear in adapted_linears(decoder):
+        _divide_update(linear, axis)
+    for _, attention in prefixed(decoder):
+        _divide_prefix(attention.get_submodule("prefix"), decoder.config.key_value_heads, axis)
+    if decoder.embedding is not None and "prompt" in decoder.embedding._modules:
+        prompt = decoder.embedding.get_submodule("prompt")
+        distribute(prompt, axis, weight=COPY)
+        prompt.local = partial(local_weight, gradient=axis.stream_gradient)  # type: ignore[assignment]
+        prompt.part = axis.part_of_sequence  # type: ignore[assignment]
+
+
+def with_virtual_tokens(batch: Batch, config: AdapterConfig | None, vocab_size: int) -> Batch:
+    """A batch as the model with this adapter reads it.
+
+    Raises:
+        ConfigError: documents share samples, and virtual tokens do not all stand before them.
+    """
+    if config is None or not config.num_positions:
+        return batch
+    front = numbers_in_front(config)
+    if batch.document_ids is not None and front < config.num_positions:
+        raise ConfigError(
+            f"prompt_style is {config.prompt_style}: samples of several documents have their virtual "
+            "tokens in front; use prepend, or one document a sample (tuning.packing: false)."
+        )
+    ids, labels, positions, documents, _ = rows_with_virtual(
+        config, vocab_size, batch.input_ids, batch.labels, batch.position_ids, batch.document_ids
+    )
+    assert labels is not None
+    lengths = None if batch.prefix_lengths is None else batch.prefix_lengths + front
+    return replace(
+        batch,
+        input_ids=ids,
+        labels=labels,
+        position_ids=positions,
+        document_ids=documents,
+        prefix_lengths=lengths,
+    )
+
+
+@torch.no_grad()
+def start_laid_out_adapter(
+    model: ParallelModel, config: AdapterConfig, seed: int, text_ids: Sequence[int] = ()
+) -> None:
+    """First values that follow from the base's weights, which ``model`` has; every rank calls this.
+
+    The others :func:`~mtnlg.parallel.apply.lay_out` has drawn.
+
+    Args:
+        model: laid out with ``config``.
+        config: the adapter.
+        seed: of the run.
+        text_ids: of ``config.init_text``.
+    """
+    weights = model.state_dict()
+    for name, target in weights.items():
+        if name.endswith(f".{CHILD}.magnitude"):
+            matrix = _dense_weight(model, name.removesuffix(f".{CHILD}.magnitude"))
+            norms = torch.linalg.vector_norm(matrix.float(), dim=1)
+            _local(target).copy_(local_slice(norms, target))
+        elif name == PROMPT_NAME:
+            tokens = first_tokens(config, model.config.vocab_size, seed, text_ids)
+            rows = whole_tensor(weights["embedding.tokens.weight"])[tokens]
+            _local(target).copy_(local_slice(rows, target))
+
+
+def _dense_weight(model: ParallelModel, linear: str) -> Tensor:
+    """The whole matrix of a linear layer of this rank's."""
+    weight = dict(model.named_parameters()).get(f"{linear}.weight")
+    if weight is not None:
+        return whole_tensor(weight.detach())
+    (found,) = [
+        module for stage in model.stages for name, module in stage.decoder.named_modules() if name == linear
+    ]
+    return dense_weight(found)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _divide_update(linear: nn.Module, axis: TensorAxis) -> None:
+    update, forward = low_rank_of(linear), linear.forward
+    assert update is not None and isinstance(forward, partial) and isinstance(linear.weight, Tensor)
+    inner: partial[Tensor] = forward.args[1]
+    share = partial(local_weight, gradient=Partial())
+    placement = linear.weight.placements[0]  # type: ignore[attr-defined]
+    if placement == COLUMN:
+        distribute(update, axis, down=COPY, up=COLUMN, magnitude=COLUMN)
+        update.local_down = share
+        update.local_up = update.local_magnitude = update.local_base = local_weight
+    elif placement == ROW:
+        distribute(update, axis, down=ROW, up=COPY, magnitude=COPY)
+        update.local_down = update.local_base = local_weight
+        update.local_up = update.local_magnitude = share
+        update.whole_squares = partial(all_reduce, group=axis.group)
+        if inner.func is row_linear:  # it ends in a sum over ranks, and the update's share is part of that
+            product = partial(_updated_product, linear, update, inner.args[2])
+            linear.forward = partial(row_linear, linear, axis, product)  # type: ignore[method-assign]
+    else:
+        distribute(update, axis, down=COPY, up=COPY, magnitude=COPY)
+        update.local_down = share
+        rows = inner.args[2] if inner.func is head_linear else slice(None)
+        mine = partial(_rows_of_share, rows)
+        update.local_up = update.local_magnitude = update.local_base = mine
+
+
+def _rows_of_share(rows: slice, weight: Tensor) -> Tensor:
+    return local_weight(weight, Partial())[rows]
+
+
+def _updated_product(
+    linear: nn.Module,
+    update: LowRankUpdate,
+    product: Product,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Takes the place of the product of a linear layer whose inputs are split; it adds no bias."""
+    assert bias is None
+
+    def plain(rows: Tensor) -> Tensor:
+        return product(rows, weight, None)
+
+    return update(inputs, plain, lambda: linear.weight)
+
+
+def _divide_prefix(prefix: nn.Module, heads: int, axis: TensorAxis) -> None:
+    if heads % axis.size == 0:
+        distribute(prefix, axis, key=COLUMN, value=COLUMN)
+        prefix.local = local_weight  # type: ignore[assignment]
+        return
+    distribute(prefix, axis, key=COPY, value=COPY)
+    mine = axis.rank * heads // axis.size
+    prefix.local = partial(_rows_of_share, slice(mine, mine + 1))  # type: ignore[assignment]
