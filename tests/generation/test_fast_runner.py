@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mtnlg.config.errors import ConfigError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.attention_kernel import AttentionKernel
 from mtnlg.generation.choose_runner import make_runner
@@ -239,6 +241,17 @@ def test_without_a_compiler_the_plain_form_answers(
     assert not fast.kernel.is_compiled
     close(fast.run(rows_of(prompts)), PlainRunner(model, 6).run(rows_of(prompts)))
     with pytest.raises(RuntimeError, match="no C"):
+        FastRunner(model, 6, compile="on")
+
+
+def test_without_a_compiler_on_is_the_users_error(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    # numbers of its own, so that no other test has compiled this shape
+    model = make_model(hidden_size=12, num_attention_heads=3, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match=r"No working C\+\+ compiler .*no-such-compiler"):
         FastRunner(model, 6, compile="on")
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtnlg.config.errors import ConfigError
 from mtnlg.generation.paged_attention import PagePool, attend_pages, attend_step
 
 Kernel = Callable[..., Tensor]
@@ -103,9 +104,27 @@ class AttentionKernel:
             if self._and_then is not None:
                 self._and_then()
         except Exception as error:  # whatever the compiler lacks: the plain form gives the same
+            if is_wanted and lacks_compiler(error):
+                raise ConfigError(
+                    "compile is on, and torch.compile finds no compiler that works here: "
+                    f"{str(error).splitlines()[0]}. Install one (g++ for a CPU, Triton for a GPU), or leave "
+                    "it at auto or off."
+                ) from error
             if is_wanted:
                 raise
             logger.info("attention is not compiled: %s", error)
+
+
+def lacks_compiler(error: BaseException | None) -> bool:
+    """Whether this comes of a compiler that is missing or does not work, not of what it was given."""
+    from torch._inductor import exc
+
+    kinds = (exc.InvalidCxxCompiler, exc.CppCompileError, exc.TritonMissing, exc.GPUTooOldForTriton)
+    while error is not None:
+        if isinstance(error, kinds):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 _KERNELS: dict[tuple[str, KernelShape], Kernel] = {}
