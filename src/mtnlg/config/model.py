@@ -244,6 +244,11 @@ class MegatronModelConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads what a decoder answers."""
+        return self.architecture == "encoder_decoder"
+
+    @property
     def decoder_layers(self) -> int:
         """Layers of an encoder-decoder's decoder, derived if need be; 0 where there is no encoder."""
         if self.architecture == "decoder":

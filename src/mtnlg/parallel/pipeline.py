@@ -181,7 +181,7 @@ class Pipeline:
             inputs = self._input_of(stage.number, batch) if passed is None else passed
             is_last = stage.number == self.mesh.num_stages - 1
             labels = batch.labels if is_last else None
-            output = stage(inputs, labels, batch.position_ids, batch.document_ids)
+            output = stage(inputs, labels, batch.position_ids, batch.document_ids, batch.prefix_lengths)
             passed = None
             if is_last:
                 total = output
@@ -248,7 +248,7 @@ class Pipeline:
 def _concatenate(batches: Sequence[Batch]) -> dict[str, Any]:
     """The micro-batches one after the other, which is how the schedule cuts them apart again."""
     joined: dict[str, Any] = {}
-    for name in ("input_ids", "labels", "position_ids", "document_ids"):
+    for name in ("input_ids", "labels", "position_ids", "document_ids", "prefix_lengths"):
         parts = [getattr(batch, name) for batch in batches]
         if parts[0] is not None:
             joined[name] = torch.cat(parts)

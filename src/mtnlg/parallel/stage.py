@@ -41,6 +41,7 @@ class Stage(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
     ) -> Tensor:
         """Run this stage.
 
@@ -50,14 +51,15 @@ class Stage(nn.Module):
             labels: [batch, sequence]; used by the last stage only.
             position_ids: [batch, sequence] or ``None``.
             document_ids: [batch, sequence] or ``None``; of the whole sequence where ranks share it.
+            prefix_lengths: [batch] or ``None``; so many tokens at the beginning see each other.
 
         Returns:
             The summed loss (float32 scalar) or logits on the last stage, hidden states before it.
         """
+        length = inputs.shape[1] * self.sequence_shards
         if position_ids is None:
-            length = inputs.shape[1] * self.sequence_shards
             position_ids = torch.arange(length, device=inputs.device)[None]
-        mask = None
+        mask = None if prefix_lengths is None else prefix_mask(prefix_lengths, length)
         if self.shares_context:
             mask, document_ids = document_ids, None
         output = self.decoder(inputs, labels, position_ids, document_ids, mask)
@@ -65,3 +67,15 @@ class Stage(nn.Module):
             if value is not None:
                 return value
         raise AssertionError("a decoder returns a loss, logits or hidden states")
+
+
+def prefix_mask(prefix_lengths: Tensor, sequence: int) -> Tensor:
+    """Who sees whom where texts begin with a part that is read at once: [batch, 1, sequence, sequence].
+
+    Args:
+        prefix_lengths: [batch].
+        sequence: tokens.
+    """
+    places = torch.arange(sequence, device=prefix_lengths.device)
+    past = places <= places[:, None]
+    return (past | (places < prefix_lengths[:, None, None]))[:, None]

@@ -24,7 +24,6 @@ PADDING = "<|padding|>"
 DIALOGUE_ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 END_OF_TURN = "<|end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING, *DIALOGUE_ROLES.values(), END_OF_TURN)
-SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 FILE_NAME, CONFIG_NAME, SPECIAL_MAP_NAME = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -74,6 +73,7 @@ class Tokenizer:
         vocab_size: int,
         min_frequency: int = 2,
         show_progress: bool = False,
+        more_special_tokens: Sequence[str] = (),
     ) -> Tokenizer:
         """Learn the merges from ``texts``; the same texts give the same tokenizer.
 
@@ -83,6 +83,7 @@ class Tokenizer:
                 give fewer.
             min_frequency: a pair must occur this often to be merged.
             show_progress: let the library draw its bars on a terminal.
+            more_special_tokens: names reserved after the usual ones (sentinels, modes).
 
         Raises:
             ConfigError: ``vocab_size`` has no room for the bytes and the special tokens.
@@ -90,12 +91,13 @@ class Tokenizer:
         """
         from mtnlg.tokens.training import learn_definition
 
-        if vocab_size < SMALLEST_VOCAB_SIZE:
+        names = (*SPECIAL_TOKENS, *more_special_tokens)
+        if vocab_size < 256 + len(names):
             raise ConfigError(
-                f"vocab_size is {vocab_size}: at least {SMALLEST_VOCAB_SIZE} are needed "
-                f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)."
+                f"vocab_size is {vocab_size}: at least {256 + len(names)} are needed "
+                f"(256 bytes and {len(names)} special tokens)."
             )
-        return cls(learn_definition(texts, vocab_size, SPECIAL_TOKENS, min_frequency, show_progress))
+        return cls(learn_definition(texts, vocab_size, names, min_frequency, show_progress))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:

@@ -25,6 +25,7 @@ from mtnlg.config import (
 from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.tokens.build_index import build_index
+from mtnlg.tokens.denoising import text_of
 from mtnlg.tokens.documents import read_documents
 from mtnlg.tokens.sources import find_files
 from mtnlg.tokens.token_file import TokenFile
@@ -36,6 +37,7 @@ from mtnlg.training.checkpoint_files import (
     write_atomically,
 )
 from mtnlg.training.resume import check_same_run
+from mtnlg.training.special_tokens import tokens_to_learn, with_special_tokens
 
 TOKENIZER_TEXT_CHARACTERS = 200_000_000  # more text than this changes a vocabulary hardly at all
 _NOTES = "prepared.json"
@@ -67,13 +69,13 @@ def prepare(config: RunConfig, progress: Progress = no_progress) -> RunConfig:
         )
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    notes = _Notes(run_dir / _NOTES, begun=bool(list_checkpoints(run_dir)))
+    notes = Notes(run_dir / _NOTES, begun=bool(list_checkpoints(run_dir)))
     tokenizer = _tokenizer(config, run_dir, notes, progress)
     if config.data.sources:
         blend = _encode_sources(config.data, tokenizer, run_dir / "data", notes, progress)
         config = replace(config, data=replace(config.data, sources=[], blend=blend))
-    config = _with_vocabulary(config, tokenizer, run_dir)
-    _check_begun_run(config)  # before config.yaml is written over
+    config = with_special_tokens(_with_vocabulary(config, tokenizer, run_dir), tokenizer)
+    check_begun_run(config)  # before config.yaml is written over
     for entry in config.data.blend:
         TokenFile(entry.path, vocab_size=config.model.vocab_size)
     _build_index(config, progress)
@@ -81,7 +83,12 @@ def prepare(config: RunConfig, progress: Progress = no_progress) -> RunConfig:
     return config
 
 
-def _check_begun_run(config: RunConfig) -> None:
+def check_begun_run(config: RunConfig) -> None:
+    """Refuse a config that its folder's newest checkpoint was not made with.
+
+    Raises:
+        CheckpointError: naming every setting that differs and may not.
+    """
     latest = latest_checkpoint(config.run_dir)
     if latest is None:
         return
@@ -92,8 +99,13 @@ def _check_begun_run(config: RunConfig) -> None:
     check_same_run(config, saved)
 
 
-class _Notes:
-    """What each finished step was made from, kept in ``prepared.json``."""
+class Notes:
+    """What each finished step was made from, kept in ``prepared.json``.
+
+    Args:
+        path: of that file.
+        begun: the run has a checkpoint: nothing under it may change.
+    """
 
     def __init__(self, path: Path, begun: bool) -> None:
         self._path, self._begun = path, begun
@@ -124,7 +136,7 @@ class _Notes:
         write_atomically(self._path, json.dumps(self._values, indent=1))
 
 
-def _tokenizer(config: RunConfig, run_dir: Path, notes: _Notes, progress: Progress) -> Tokenizer:
+def _tokenizer(config: RunConfig, run_dir: Path, notes: Notes, progress: Progress) -> Tokenizer:
     folder = run_dir / "tokenizer"
     given = config.tokenizer.path
     if given is not None and Path(given).resolve() == folder.resolve():
@@ -140,10 +152,14 @@ def _tokenizer(config: RunConfig, run_dir: Path, notes: _Notes, progress: Progre
         if (folder / "tokenizer.json").exists():
             return Tokenizer.from_pretrained(folder)
         raise ConfigError("data.blend needs tokenizer.path: the tokenizer its files were made with.")
-    origin = _origin([str(config.tokenizer.vocab_size), *map(_source_origin, config.data.sources)])
+    names = tokens_to_learn(config)
+    origin = origin_of(
+        [str(config.tokenizer.vocab_size), *names, *map(_source_origin, config.data.sources)]
+    )
     if not notes.is_done("tokenizer", origin, folder / "tokenizer.json"):
         texts = _training_texts(config.data, progress)
-        Tokenizer.train(texts, config.tokenizer.vocab_size).save_pretrained(folder)
+        tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size, more_special_tokens=names)
+        tokenizer.save_pretrained(folder)
         notes.set_done("tokenizer", origin)
     return Tokenizer.from_pretrained(folder)
 
@@ -164,7 +180,7 @@ def _training_texts(data: DataConfig, progress: Progress) -> Iterator[str]:
 
 
 def _encode_sources(
-    data: DataConfig, tokenizer: Tokenizer, folder: Path, notes: _Notes, progress: Progress
+    data: DataConfig, tokenizer: Tokenizer, folder: Path, notes: Notes, progress: Progress
 ) -> list[BlendEntry]:
     from mtnlg.tokens.encode import encode_files  # needs more imports than a run on token files does
 
@@ -172,7 +188,7 @@ def _encode_sources(
     blend = []
     for number, source in enumerate(data.sources):
         prefix = folder / f"{number:02d}-{_stem(source.path)}"
-        origin = _origin([tokenizer.fingerprint, data.encoding_errors, _source_origin(source)])
+        origin = origin_of([tokenizer.fingerprint, data.encoding_errors, _source_origin(source)])
         if not notes.is_done(prefix.name, origin, Path(f"{prefix}.idx")):
             encode_files(
                 [source.path],
@@ -209,7 +225,7 @@ def _build_index(config: RunConfig, progress: Progress) -> None:
     limits = [] if tokens is None else [tokens // config.data.sequence_length]
     limits += [] if steps is None else [steps * config.batch.global_batch_size]
     report = build_index(
-        config.data,
+        text_of(config.data, config.model.has_encoder),
         config.seed,
         min(limits) if limits else None,
         config.model.vocab_size,
@@ -228,8 +244,9 @@ def _source_origin(source: SourceEntry) -> str:
     """Changes when the files of a source do: their names, sizes and times."""
     files = find_files([source.path])
     facts = [f"{file.path} {file.size} {Path(file.path).stat().st_mtime_ns}" for file in files]
-    return _origin([source.path, source.text_key, *facts])
+    return origin_of([source.path, source.text_key, *facts])
 
 
-def _origin(parts: list[str]) -> str:
+def origin_of(parts: list[str]) -> str:
+    """A short text that changes when any of ``parts`` does."""
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

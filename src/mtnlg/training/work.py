@@ -16,7 +16,7 @@ from mtnlg.parallel.apply import lay_out
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.tokens.batch import Batch
-from mtnlg.tokens.stream import BatchStream
+from mtnlg.tokens.denoising import open_stream
 from mtnlg.training.prepare import prepare
 
 
@@ -44,13 +44,18 @@ class Work:
 
     def training_stream(self, config: RunConfig) -> Stream:
         """Endless samples to learn from."""
-        return BatchStream(config.data, "train", config.seed, vocab_size=config.model.vocab_size)
+        model = config.model
+        return open_stream(
+            config.data, "train", config.seed, vocab_size=model.vocab_size, has_encoder=model.has_encoder
+        )
 
     def validation_stream(self, config: RunConfig, num_samples: int | None) -> Stream | None:
         """Samples to evaluate on, at most ``num_samples``; ``None`` where there are none."""
         if config.data.split_shares()[1] == 0.0:
             return None
-        return BatchStream(config.data, "validation", config.seed, num_samples=num_samples)
+        return open_stream(
+            config.data, "validation", config.seed, num_samples, has_encoder=config.model.has_encoder
+        )
 
     def lay_out(self, config: RunConfig, mesh: Mesh) -> ParallelModel:
         """This rank's part of the model; every rank calls this."""
