@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -69,12 +69,25 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
             parser.error(f"{argument!r} is one argument too many: CONFIG is {recipe!r} already")
     if recipe is None:
         parser.error("CONFIG is missing: name a recipe, e.g. recipes/poems.yaml")
-    return Namespace(run_config=load_run_config(recipe, overrides), **switches)
+    return Namespace(run_config=load_run_config(recipe, overrides, _defaults), **switches)
+
+
+def _defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """What lies under a recipe: nothing, or the base of a run that tunes one."""
+    if not values.get("tuning"):
+        return {}  # without importing torch
+    from mtnlg.tuning.defaults import tuning_defaults
+
+    return tuning_defaults(values)
 
 
 def run(arguments: Namespace) -> int:
     """Train, with live progress, and say what to do next."""
-    config = _with_layout(arguments.run_config)
+    if arguments.run_config.tuning is not None:
+        from mtnlg.cli import tune
+
+        return tune.run(arguments)
+    config = with_layout(arguments.run_config)
     if arguments.print_config:
         from mtnlg.config.load import dump_run_config
 
@@ -99,7 +112,7 @@ def run(arguments: Namespace) -> int:
     return result.exit_code
 
 
-def _with_layout(config: RunConfig) -> RunConfig:
+def with_layout(config: RunConfig) -> RunConfig:
     """``config`` with ``layout: auto`` resolved, and why it became what it is."""
     if not config.layout.auto:
         return config  # without importing torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,13 @@ from mtnlg.config.presets import preset_fields
 from mtnlg.config.run import RunConfig, cross_section_problems
 from mtnlg.config.yaml_text import parse_value, parse_yaml
 
+Defaults = Callable[[dict[str, Any]], dict[str, Any]]
 _CROSS_SECTIONS = ("model", "data", "layout", "batch", "training", "precision")
 
 
-def load_run_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), defaults: Defaults | None = None
+) -> RunConfig:
     """The config of a recipe with some values replaced.
 
     ``preset`` expands into the fields of ``model`` (fields that are written out win). A recipe
@@ -34,6 +37,8 @@ def load_run_config(path: str | Path | None = None, overrides: Sequence[str] = (
     Args:
         path: a YAML file; ``None`` starts from the defaults.
         overrides: ``["--a.b=value", "--a.c", "value", ...]``, the leading dashes optional.
+        defaults: given the sections as written, gives those that lie under them: what is not written
+            is theirs.
 
     Raises:
         ConfigError: naming every unknown key, wrong type, value out of range and broken rule.
@@ -47,6 +52,8 @@ def load_run_config(path: str | Path | None = None, overrides: Sequence[str] = (
         _place(values, name, value, problems)
         _write_auto_out(values)
         places[name] = f"--{name}"
+    if defaults is not None:
+        values = _laid_over(defaults(values), values)
     return _build(values, places, problems)
 
 
@@ -111,6 +118,17 @@ def _split_overrides(overrides: Sequence[str]) -> list[tuple[str, str]]:
     if problems:
         raise ConfigError(problems)
     return pairs
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values, those of ``above`` where both have one."""
+    merged = {**below, **above}
+    for name, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            merged[name] = _laid_over(below[name], value)
+        elif value is None and isinstance(below.get(name), dict):
+            merged[name] = below[name]
+    return merged
 
 
 def _place(values: dict[str, Any], name: str, value: Any, problems: list[str]) -> None:

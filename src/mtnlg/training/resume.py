@@ -13,6 +13,8 @@ STATE_FORMAT = 1
 # (rates, batch sizes, layout, precision, limits) may change between the parts of a run.
 _FIXED = ("seed", "optimizer.name", "data.sequence_length", "data.reset_at_document_boundaries")
 
+_FIXED_TUNING = ["tuning.method", "tuning.adapter", "tuning.distillation"]
+
 # Fields of the model that change neither the shapes of its weights nor what they compute.
 _FREE_MODEL_FIELDS = {"use_cache", "parallel_output", "pre_process_first", "post_process_last"}
 _FREE_MODEL_FIELDS |= {"hidden_dropout", "attention_dropout", "enable_input_require_grads"}
@@ -34,6 +36,7 @@ def check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:
     saved = {**saved, "model": {**asdict(MegatronModelConfig()), **saved["model"]}}
     names = list(_FIXED)
     names += [f"model.{name}" for name in now["model"] if name not in _FREE_MODEL_FIELDS]
+    names += ["tuning"] if now["tuning"] is None or saved.get("tuning") is None else _FIXED_TUNING
     problems = [
         f"{name} was {_get(saved, name)!r} and is {_get(now, name)!r}"
         for name in names
@@ -48,4 +51,4 @@ def check_same_run(config: RunConfig, saved: dict[str, Any]) -> None:
 
 def _get(values: dict[str, Any], name: str) -> Any:
     section, _, field = name.rpartition(".")
-    return (values.get(section, {}) if section else values).get(field)
+    return ((values.get(section) or {}) if section else values).get(field)

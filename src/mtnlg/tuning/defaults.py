@@ -1,0 +1,53 @@
+"""What a tuning run does where nothing is written: the base's architecture, and rates for each method."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mtnlg.config.tuning import METHODS
+from mtnlg.training.model_files import open_model_files
+
+# Peak rates of AdamW. Full tuning moves every weight a little; what begins at zero or beside the model
+# has a longer way.
+LEARNING_RATES = {"full": 5e-5, "lora": 2e-4, "prompt": 3e-2, "prefix": 1e-2}
+LONGEST_SAMPLE = 1024
+EPOCHS = 3.0
+
+
+def tuning_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The sections that lie under those of a tuning run.
+
+    Args:
+        values: the sections as written, whose ``tuning`` names the base; whatever is wrong with them is
+            said by those who check them.
+
+    Raises:
+        CheckpointError: the base is not there.
+    """
+    tuning = values.get("tuning")
+    tuning = tuning if isinstance(tuning, dict) else {}
+    base, method = str(tuning.get("base") or ""), str(tuning.get("method") or "full")
+    if not base or method not in METHODS:
+        return {}
+    model = open_model_files(base).config
+    length = min(LONGEST_SAMPLE, model.max_position_embeddings)
+    sections: dict[str, Any] = {
+        "run_dir": f"runs/{Path(base).name}-{method}",
+        "model": asdict(model),
+        "data": {"sequence_length": length},
+        "optimizer": {
+            "learning_rate": LEARNING_RATES.get(method, LEARNING_RATES["lora"]),
+            "weight_decay": 0.0,
+            "beta2": 0.999,
+        },
+        "batch": {"micro_batch_size": 4, "global_batch_size": 16},
+        "evaluation": {"interval_steps": 50, "num_batches": 0},
+    }
+    written = values.get("stop")
+    if tuning.get("epochs") is None and not written:
+        sections["tuning"] = {"epochs": EPOCHS}
+    if not written:
+        sections["stop"] = {"steps": 1}  # becomes those of the epochs
+    return sections

@@ -1,0 +1,48 @@
+"""A base's weights into a laid-out model: each rank takes what it holds of one tensor after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from mtnlg.config import CheckpointError
+from mtnlg.parallel.model import ParallelModel
+from mtnlg.parallel.weights import local_slice
+from mtnlg.training.optimizers import local
+
+Stream = Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
+
+
+@torch.no_grad()
+def load_weights(model: ParallelModel, stream: Stream, where: str, wanted: Callable[[str], bool]) -> None:
+    """Fill this rank's part of the model; no rank reads tensors that it holds nothing of.
+
+    Args:
+        model: laid out in any way.
+        stream: the base's parameters of the names given, whole, one in memory at a time.
+        where: the base, for errors.
+        wanted: which of the model's parameters are the base's.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or holds numbers that are not finite.
+    """
+    targets = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
+    missing = set(targets)
+    for name, whole in stream(frozenset(targets)):
+        target = targets.get(name)
+        if target is None:
+            continue  # it lies in one tensor with another
+        if whole.shape != target.shape:
+            raise CheckpointError(
+                f"{where}: {name} has the shape {list(whole.shape)}, and the model's is "
+                f"{list(target.shape)}."
+            )
+        if not bool(torch.isfinite(whole).all()):
+            raise CheckpointError(f"{where}: {name} holds numbers that are not finite (NaN or infinite).")
+        local(target).copy_(local_slice(whole, target))
+        missing.discard(name)
+    if missing:
+        shown = ", ".join(sorted(missing)[:6])
+        raise CheckpointError(f"{where}: weights are missing: {shown}.")

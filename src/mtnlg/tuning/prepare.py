@@ -1,0 +1,236 @@
+"""From chat data and a base to a run that can start: tokenizer with template, examples, the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mtnlg.config import ConfigError, DataError, MegatronModelConfig, RunConfig, TuningConfig
+from mtnlg.config.load import save_run_config
+from mtnlg.config.progress import Progress
+from mtnlg.tokens import Tokenizer
+from mtnlg.tokens.shuffle import permutation, seed_of
+from mtnlg.tokens.sources import find_files
+from mtnlg.training.checkpoint_files import list_checkpoints, write_atomically
+from mtnlg.training.model_files import ModelFiles, open_model_files
+from mtnlg.training.prepare import Notes, check_begun_run, origin_of
+from mtnlg.tuning.conversations import Conversation, read_conversations
+from mtnlg.tuning.example_file import ExampleFile
+from mtnlg.tuning.rendering import Example, Renderer
+from mtnlg.tuning.report import describe
+from mtnlg.tuning.stream import ExampleStream
+from mtnlg.tuning.templates import with_template
+
+REPORT = "examples.txt"
+# Fields that a tuned model may have otherwise than its base: they do not change what weights mean.
+_FREE = {"hidden_dropout", "attention_dropout", "use_cache", "parallel_output", "pre_process_first"}
+_FREE |= {"post_process_last", "enable_input_require_grads", "init_method_std", "output_layer_init_method"}
+
+
+def tuning_of(config: RunConfig) -> TuningConfig:
+    """The section that makes a run a tuned one."""
+    assert config.tuning is not None, "a run without a section tuning"
+    return config.tuning
+
+
+def examples_path(config: RunConfig, split: str) -> Path:
+    """Where the prepared examples of ``train`` or ``validation`` are."""
+    return Path(config.run_dir) / "data" / f"{split}.safetensors"
+
+
+def prepare_tuning(config: RunConfig, progress: Progress, tell: Callable[[str], None]) -> RunConfig:
+    """Make everything in ``run_dir`` that tuning reads.
+
+    Writes ``tokenizer/`` (the base's, with the chat template), ``data/*.safetensors`` (the examples),
+    ``examples.txt`` (their statistics, and three of them) and ``config.yaml``.
+
+    Args:
+        config: the run; its ``model`` is the base's.
+        progress: told of the long parts.
+        tell: given the statistics and the decoded examples, before training starts.
+
+    Returns:
+        The config with the tokenizer's path and the number of steps.
+
+    Raises:
+        ConfigError: base, tokenizer, teacher and config do not fit.
+        DataError: data cannot be learnt from, or changed under a run that has begun.
+        CheckpointError: the base is not there, or the folder's run was begun with another config.
+    """
+    tuning = tuning_of(config)
+    run_dir = Path(config.run_dir)
+    (run_dir / "data").mkdir(parents=True, exist_ok=True)
+    notes = Notes(run_dir / "prepared.json", begun=bool(list_checkpoints(run_dir)))
+    base = open_model_files(tuning.base)
+    tokenizer = _tokenizer(tuning, base)
+    check_fits(config, base.config, tokenizer)
+    origin = _origin(config, tokenizer)
+    train = examples_path(config, "train")
+    if not notes.is_done("examples", origin, train):
+        tokenizer.save_pretrained(run_dir / "tokenizer")
+        report = _write_examples(config, tokenizer, progress)
+        write_atomically(run_dir / REPORT, report)
+        notes.set_done("examples", origin)
+    tell((run_dir / REPORT).read_text(encoding="utf-8"))
+    path = str((run_dir / "tokenizer").absolute())
+    config = replace(config, tokenizer=replace(config.tokenizer, path=path))
+    config = _with_steps(config, train)
+    check_begun_run(config)  # before config.yaml is written over
+    save_run_config(config, run_dir / "config.yaml")
+    return config
+
+
+def check_fits(config: RunConfig, base: MegatronModelConfig, tokenizer: Tokenizer) -> None:
+    """Make sure that the run's model is the base's and reads the base's tokens.
+
+    Raises:
+        ConfigError: naming every field that differs.
+    """
+    ours, theirs = asdict(config.model), asdict(base)
+    problems = [
+        f"model.{name} is {ours[name]!r}: the base's is {theirs[name]!r}, and its weights fit nothing else."
+        for name in ours
+        if name not in _FREE and ours[name] != theirs[name]
+    ]
+    if tokenizer.vocab_size > base.vocab_size:
+        problems.append(
+            f"{tuning_of(config).base}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding "
+            f"{base.vocab_size}: they do not belong together."
+        )
+    teacher = tuning_of(config).distillation
+    if teacher is not None:
+        problems += _teacher_problems(teacher.teacher, base.vocab_size, tokenizer)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _teacher_problems(name: str, vocab_size: int, tokenizer: Tokenizer) -> list[str]:
+    teacher = open_model_files(name)
+    problems = []
+    if teacher.config.vocab_size != vocab_size:
+        problems.append(
+            f"tuning.distillation.teacher is {name}: it has {teacher.config.vocab_size} tokens and the "
+            f"student {vocab_size}; logits can be compared only token by token."
+        )
+    elif teacher.tokenizer is not None and teacher.tokenizer.fingerprint != tokenizer.fingerprint:
+        problems.append(f"tuning.distillation.teacher is {name}: its tokenizer is not the student's.")
+    return problems
+
+
+def _tokenizer(tuning: TuningConfig, base: ModelFiles) -> Tokenizer:
+    if base.tokenizer is None:
+        raise ConfigError(f"{tuning.base} holds no tokenizer, so it cannot read conversations.")
+    return with_template(base.tokenizer, tuning.template)
+
+
+def _origin(config: RunConfig, tokenizer: Tokenizer) -> str:
+    """Changes when the examples would."""
+    tuning = tuning_of(config)
+    files = find_files([*tuning.data, *tuning.validation_data])
+    facts = [f"{file.path} {file.size} {Path(file.path).stat().st_mtime_ns}" for file in files]
+    names = ("data", "validation_data", "validation_share", "format", "system", "loss_on", "max_turns")
+    settings = [repr(getattr(tuning, name)) for name in (*names, "too_long", "packing")]
+    others = [str(config.seed), str(config.data.sequence_length), tokenizer.fingerprint]
+    return origin_of([*facts, *settings, *others, tokenizer.chat_template or ""])
+
+
+def _write_examples(config: RunConfig, tokenizer: Tokenizer, progress: Progress) -> str:
+    tuning = tuning_of(config)
+    read = (tuning.format, tuning.system, tuning.max_turns)
+    train = read_conversations(tuning.data, *read)
+    if tuning.validation_data:
+        validation = read_conversations(tuning.validation_data, *read)
+    else:
+        train, validation = keep_apart(train, tuning.validation_share, config.seed)
+    renderer = Renderer(tokenizer, tuning.loss_on, config.data.sequence_length + 1, tuning.too_long)
+    total = len(train) + len(validation)
+    written = []
+    for split, conversations in (("train", train), ("validation", validation)):
+        done = total - len(validation) - len(train) if split == "train" else len(train)
+        examples = _render(renderer, conversations, done, total, progress)
+        path = examples_path(config, split)
+        path.unlink(missing_ok=True)
+        if conversations and not examples:
+            raise DataError(
+                f"none of the {len(conversations)} conversations for {split} fits into "
+                f"data.sequence_length ({config.data.sequence_length}) with an answer: raise it."
+            )
+        if examples:
+            written.append(ExampleFile.of(examples))
+            written[-1].write(path)
+    return describe(config, tokenizer, renderer, written[0], written[1] if len(written) > 1 else None)
+
+
+def keep_apart(
+    conversations: Sequence[Conversation], share: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Training's conversations and those for evaluation; the parts of one record stay together.
+
+    Raises:
+        DataError: there is only one record, so nothing can be kept apart.
+    """
+    records = list(dict.fromkeys(conversation.where for conversation in conversations))
+    if share == 0.0:
+        return list(conversations), []
+    if len(records) < 2:
+        raise DataError(
+            "there is only one conversation: none can be kept apart for evaluation. Give more, or "
+            "tuning.validation_data, or set tuning.validation_share to 0."
+        )
+    count = min(max(1, round(share * len(records))), len(records) - 1)
+    order = permutation(len(records), seed_of("validation", seed)).tolist()
+    held_out = {records[number] for number in order[:count]}
+    train = [conversation for conversation in conversations if conversation.where not in held_out]
+    return train, [conversation for conversation in conversations if conversation.where in held_out]
+
+
+def _render(
+    renderer: Renderer, conversations: Sequence[Conversation], done: int, total: int, progress: Progress
+) -> list[Example]:
+    examples = []
+    for number, conversation in enumerate(conversations, done + 1):
+        example = renderer.example(conversation)
+        if example is not None:
+            examples.append(example)
+        progress("reading conversations", number, total, "conversations")
+    return examples
+
+
+def _with_steps(config: RunConfig, train: Path) -> RunConfig:
+    """``tuning.epochs`` as steps."""
+    tuning = tuning_of(config)
+    if tuning.epochs is None:
+        return config
+    stream = training_stream(config, ExampleFile.read(train))
+    steps = math.ceil(tuning.epochs * stream.samples_per_epoch / config.batch.global_batch_size)
+    return replace(config, stop=replace(config.stop, steps=max(1, steps)))
+
+
+def training_stream(config: RunConfig, examples: ExampleFile) -> ExampleStream:
+    """Endless samples of the training examples."""
+    seed = config.seed if config.data.seed is None else config.data.seed
+    return ExampleStream(
+        examples, config.data.sequence_length, tuning_of(config).packing, _padding_id(config), seed
+    )
+
+
+def validation_stream(config: RunConfig, num_samples: int | None) -> ExampleStream | None:
+    """Each validation example once; ``None`` where there are none."""
+    path = examples_path(config, "validation")
+    if not path.exists():
+        return None
+    packs = tuning_of(config).packing
+    return ExampleStream(
+        ExampleFile.read(path),
+        config.data.sequence_length,
+        packs,
+        _padding_id(config),
+        is_endless=False,
+        num_samples=num_samples,
+    )
+
+
+def _padding_id(config: RunConfig) -> int:
+    return Tokenizer.from_pretrained(Path(config.run_dir) / "tokenizer").padding_id

@@ -1,0 +1,85 @@
+"""Tuning as a kind of run: examples instead of token files, a base's weights instead of drawn ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mtnlg.config import RunConfig
+from mtnlg.config.progress import Progress
+from mtnlg.model.adapters import is_of_adapter
+from mtnlg.parallel.adapters import start_laid_out_adapter
+from mtnlg.parallel.apply import lay_out
+from mtnlg.parallel.mesh import Mesh
+from mtnlg.parallel.model import ParallelModel
+from mtnlg.tokens import Tokenizer
+from mtnlg.training.model_files import open_model_files
+from mtnlg.training.work import Stream, Work
+from mtnlg.tuning.example_file import ExampleFile
+from mtnlg.tuning.first_weights import load_weights
+from mtnlg.tuning.prepare import (
+    examples_path,
+    prepare_tuning,
+    training_stream,
+    tuning_of,
+    validation_stream,
+)
+
+
+def _say_nothing(_report: str) -> None:
+    pass
+
+
+class Tuning(Work):
+    """Runs with a section ``tuning``.
+
+    Args:
+        tell: given the statistics and examples of the data before training starts.
+    """
+
+    def __init__(self, tell: Callable[[str], None] = _say_nothing) -> None:
+        self.tell = tell
+
+    def prepare(self, config: RunConfig, progress: Progress) -> RunConfig:
+        """See :class:`~mtnlg.training.work.Work`."""
+        return prepare_tuning(config, progress, self.tell)
+
+    def training_stream(self, config: RunConfig) -> Stream:
+        """See :class:`~mtnlg.training.work.Work`."""
+        return training_stream(config, ExampleFile.read(examples_path(config, "train")))
+
+    def validation_stream(self, config: RunConfig, num_samples: int | None) -> Stream | None:
+        """See :class:`~mtnlg.training.work.Work`."""
+        return validation_stream(config, num_samples)
+
+    def lay_out(self, config: RunConfig, mesh: Mesh) -> ParallelModel:
+        """See :class:`~mtnlg.training.work.Work`; the adapter is laid out with its model."""
+        tuning = tuning_of(config)
+        return lay_out(
+            config.model,
+            mesh,
+            seed=config.seed,
+            precision=config.precision,
+            switches=config.training,
+            adapter=tuning.adapter if tuning.trains_adapter else None,
+        )
+
+    def begin(self, config: RunConfig, model: ParallelModel, resumes: bool) -> None:
+        """Read the base; a run that goes on has its own copy of what full tuning changed."""
+        tuning = tuning_of(config)
+        if tuning.trains_adapter or not resumes:
+            base = open_model_files(tuning.base)
+            load_weights(model, base.stream, tuning.base, lambda name: not is_of_adapter(name))
+        if tuning.trains_adapter and not resumes:
+            text = tuning.adapter.init_text
+            ids = Tokenizer.from_pretrained(str(config.tokenizer.path)).encode(text) if text else []
+            start_laid_out_adapter(model, tuning.adapter, config.seed, ids)
+
+    def saved_weights(self, config: RunConfig, model: ParallelModel) -> dict[str, Tensor]:
+        """Everything, or only what is trained beside a base."""
+        weights = model.state_dict()
+        if not tuning_of(config).trains_adapter:
+            return weights
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {name: tensor for name, tensor in weights.items() if name in trained}
