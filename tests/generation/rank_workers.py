@@ -17,6 +17,7 @@ from mtnlg.generation import Engine, GenerationRequest, SamplingRules
 from mtnlg.generation.ranks import RankRunner, Share, follow
 from mtnlg.generation.runner import PlainRunner, Row, Runner
 from mtnlg.model import MegatronLmDecoder, initialize_weights
+from mtnlg.parallel.inference import Cut
 
 REQUESTS = [
     dict(prompt_ids=[5, 9, 2, 40, 33], max_new_tokens=9),
@@ -32,9 +33,9 @@ class Weights:
 
     config: MegatronModelConfig
 
-    def __call__(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    def __call__(self, names: Collection[str], cut: Cut) -> Iterator[tuple[str, Tensor]]:
         state = plain_model(self.config).state_dict()
-        yield from ((name, state[name]) for name in names)
+        yield from ((name, cut(name, state[name]).clone()) for name in names)
 
 
 def plain_model(config: MegatronModelConfig) -> MegatronLmDecoder:

@@ -25,10 +25,12 @@ VERBS = {
     "tokenizer": "train a tokenizer from text",
     "encode": "turn text into token files",
     "train": "train a model from a recipe",
+    "tune": "go on training a model, on conversations",
     "evaluate": "measure a model: perplexity, bits per byte and per character",
     "generate": "continue a text with a model",
     "chat": "talk with a model in the terminal, or through a pipe",
     "serve": "answer over HTTP: OpenAI's API and a chat page",
+    "export": "write a model in the files that other programs load",
 }
 
 

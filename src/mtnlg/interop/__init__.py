@@ -1,12 +1,14 @@
-"""Other people's model files: Hugging Face folders and hub names."""
+"""Other people's model files: Hugging Face folders and hub names, GGUF."""
 
 from mtnlg.interop.architectures import nearest_architecture
+from mtnlg.interop.gguf_file import write_gguf
 from mtnlg.interop.hub import fetch_from_hub, looks_like_hub_name
 from mtnlg.interop.hugging_face import (
     read_config,
     read_weights,
     stream_weights,
     write_hugging_face,
+    write_hugging_face_folder,
 )
 from mtnlg.interop.tensor_folder import TensorFolder, write_tensors
 
@@ -18,6 +20,8 @@ __all__ = [
     "read_config",
     "read_weights",
     "stream_weights",
+    "write_gguf",
     "write_hugging_face",
+    "write_hugging_face_folder",
     "write_tensors",
 ]

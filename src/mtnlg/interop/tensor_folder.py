@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mtnlg.config import CheckpointError
+from mtnlg.interop.lazy_tensor import Cut, Parts, cut_and_read, lazy
+from mtnlg.interop.safetensors_file import safetensors_in
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,19 +24,14 @@ _SLICES_KEY = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint's note of wher
 
 
 @dataclass
-class _Part:
-    file: Path
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass
 class _Entry:
-    parts: list[_Part] = field(default_factory=list)
+    """Where each part of a tensor begins, and the part."""
+
+    parts: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        ends = ([o + s for o, s in zip(part.offsets, part.shape)] for part in self.parts)
+        ends = ([o + s for o, s in zip(offsets, part.shape)] for offsets, part in self.parts)
         return tuple(max(axis) for axis in zip(*ends))
 
 
@@ -99,55 +93,35 @@ class TensorFolder:
         """The whole shape of tensor ``name``."""
         return self._entries[name].shape
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor ``name``, in memory of its own on the CPU.
+    def lazy(self, name: str) -> Tensor:
+        """The whole tensor ``name``, of which nothing has been read."""
+        entry = self._entries[name]
+        offsets, first = entry.parts[0]
+        if len(entry.parts) == 1 and not any(offsets):
+            return first
+        return lazy(Parts(entry.shape, entry.parts), entry.shape, first.dtype)
+
+    def read(self, name: str, cut: Cut | None = None) -> Tensor:
+        """The tensor ``name``, in memory of its own on the CPU.
+
+        Args:
+            name: which.
+            cut: what of it is wanted; only that is read. ``None`` is all.
 
         Raises:
-            CheckpointError: slices are missing.
+            CheckpointError: slices are missing, or a file is cut short.
         """
-        entry = self._entries[name]
-        if (
-            len(entry.parts) == 1
-            and entry.parts[0].shape == entry.shape
-            and not any(entry.parts[0].offsets)
-        ):
-            return self._read_part(name, entry.parts[0]).clone()
-        whole: Tensor | None = None
-        covered: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        for part in entry.parts:
-            tensor = self._read_part(name, part)
-            whole = tensor.new_empty(entry.shape) if whole is None else whole
-            place = tuple(slice(o, o + s) for o, s in zip(part.offsets, part.shape))
-            whole[place] = tensor
-            covered.add((part.offsets, part.shape))
-        present = sum(torch.Size(shape).numel() for _, shape in covered)
-        if whole is None or present != whole.numel():
-            files = ", ".join(sorted({part.file.name for part in entry.parts}))
-            raise CheckpointError(f"tensor {name}: slices are missing, only those in {files} are here.")
-        return whole
-
-    def _read_part(self, name: str, part: _Part) -> Tensor:
-        with _open(part.file) as file:
-            return file.get_tensor(name)
+        try:
+            return cut_and_read(name, self.lazy(name), cut)
+        except CheckpointError as error:
+            raise CheckpointError(f"tensor {name}: {error}") from None
 
     def _add(self, path: Path) -> None:
-        with _open(path) as file:
-            notes = json.loads((file.metadata() or {}).get(_SLICES_KEY, "{}"))
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                shape = tuple(file.get_slice(name).get_shape())
-                offsets = tuple(notes.get(name, {}).get("saved_offsets", [0] * len(shape)))
-                self._entries.setdefault(name, _Entry()).parts.append(_Part(path, offsets, shape))
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: the file is missing.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error}).") from None
+        tensors, metadata = safetensors_in(path)
+        notes = json.loads(metadata.get(_SLICES_KEY, "{}"))
+        for name, tensor in tensors.items():
+            offsets = tuple(notes.get(name, {}).get("saved_offsets", [0] * tensor.dim()))
+            self._entries.setdefault(name, _Entry()).parts.append((offsets, tensor))
 
 
 def write_tensors(

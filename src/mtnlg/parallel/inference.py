@@ -31,8 +31,10 @@ from mtnlg.parallel.tensor import split_matrices
 from mtnlg.parallel.vocabulary import look_up_tokens
 from mtnlg.parallel.weights import TIED_COPY, TIED_ORIGINAL, local_slice
 
-# Names → their whole tensors, one after the other, on the CPU.
-ReadWeights = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]
+# What a rank wants of a parameter: a view of it.
+Cut = Callable[[str, Tensor], Tensor]
+# Names → what ``Cut`` leaves of their tensors, one after the other, on the CPU; nothing else is read.
+ReadWeights = Callable[[Collection[str], Cut], Iterable[tuple[str, Tensor]]]
 
 
 def inference_layout(tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1) -> LayoutConfig:
@@ -62,8 +64,7 @@ def lay_out_for_inference(
 ) -> MegatronLmDecoder:
     """This rank's stage of the model with its weights, ready to run; every rank calls this.
 
-    Weights are read whole one after the other and cut: the peak is this rank's share and the largest
-    single parameter.
+    Of each parameter only this rank's part is read, one after the other: the peak is this rank's share.
 
     Args:
         config: the architecture.
@@ -98,16 +99,17 @@ def _fill(
     places = dict(decoder.named_parameters()) | dict(decoder.named_buffers())
     if config.tie_word_embeddings and TIED_COPY in places:  # a last stage that is not the first
         places[TIED_ORIGINAL] = places.pop(TIED_COPY)
-    missing = set(places)
-    for name, whole in read(frozenset(places)):
-        target = places[name]
-        if whole.shape != target.shape:
+
+    def cut(name: str, whole: Tensor) -> Tensor:
+        if whole.shape != places[name].shape:
             raise CheckpointError(
-                f"{name} has the shape {list(whole.shape)}, the model's is {list(target.shape)}."
+                f"{name} has the shape {list(whole.shape)}, the model's is {list(places[name].shape)}."
             )
-        part = local_slice(whole, target).to(mesh.device, dtype)
-        if part.untyped_storage().nbytes() > part.nbytes:  # a view would keep the whole
-            part = part.clone()
+        return local_slice(whole, places[name])
+
+    missing = set(places)
+    for name, part in read(frozenset(places), cut):
+        part = part.to(mesh.device, dtype)
         missing.discard(name)
         is_copy = name == TIED_ORIGINAL and decoder.embedding is None
         _replace(decoder, TIED_COPY if is_copy else name, part)

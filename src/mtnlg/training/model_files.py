@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,14 @@ class ModelFiles:
         config: the architecture.
         tokenizer: the model's, if one lies beside it.
         read: all parameters by name, whole, on the CPU, a tied head among them.
-        stream: those of the names given, one in memory at a time; a tied head is the embedding.
+        stream: those of the names given, one in memory at a time; a tied head is the embedding. A second
+            argument, ``cut(name, whole)``, gives the view of each that is wanted: only that is read.
     """
 
     config: MegatronModelConfig
     tokenizer: Tokenizer | None
     read: Callable[[], dict[str, Tensor]]
-    stream: Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
+    stream: Callable[..., Iterator[tuple[str, Tensor]]]
 
 
 def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:

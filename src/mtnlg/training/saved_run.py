@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtnlg.config import BlendEntry, CheckpointError, ConfigError, MegatronModelConfig, RunConfig
 from mtnlg.config.load import load_run_config
+from mtnlg.interop.lazy_tensor import Cut
 from mtnlg.interop.tensor_folder import TensorFolder
 from mtnlg.training import checkpoint_files as files
 
@@ -51,11 +52,14 @@ class SavedModel:
             state[_HEAD] = state[_EMBEDDING]
         return state
 
-    def stream_weights(self, wanted: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def stream_weights(
+        self, wanted: Collection[str] | None = None, cut: Cut | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Parameters by name, one in memory at a time; a tied head is not among them.
 
         Args:
             wanted: only these; ``None`` is all.
+            cut: what is wanted of each: a view of it; nothing else is read. ``None`` is all.
 
         Raises:
             CheckpointError: files are missing or damaged.
@@ -63,7 +67,7 @@ class SavedModel:
         source = TensorFolder.of_folder(self.checkpoint / "weights")
         for name in sorted(source.names):
             if wanted is None or name in wanted:
-                yield name, source.read(name)
+                yield name, source.read(name, cut)
 
 
 def is_checkpoint(folder: Path) -> bool:

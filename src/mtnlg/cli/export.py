@@ -1,0 +1,107 @@
+"""``mtnlg export MODEL --format NAME --out PATH``: a model in the files that other programs load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mtnlg.cli.models import MODEL_HELP
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jsonargparse import ArgumentParser, Namespace
+
+    from mtnlg.config.progress import Progress
+    from mtnlg.training.model_files import ModelFiles
+
+EXAMPLE = """
+mtnlg export runs/demo --format hf --out exported/demo
+mtnlg export runs/demo --format hf --precision bf16 --out exported/demo-bf16
+mtnlg export runs/demo --format gguf --precision q8_0 --out exported/demo-q8_0.gguf
+"""
+FORMATS = ("hf", "gguf")
+GGUF_NAMES = {"float32": "f32", "fp16": "f16", None: "f16"}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declare the model, the format and the place."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="hf: a folder for transformers and vLLM; gguf: a file for llama.cpp",
+    )
+    parser.add_argument("--out", metavar="PATH", required=True, help="folder (hf) or file (gguf) to write")
+    parser.add_argument(
+        "--precision",
+        type=str | None,
+        default=None,
+        help="float32, bf16 or fp16; null keeps it (gguf: fp16). "
+        "gguf also takes q8_0, q5_1, q5_0, q4_1, q4_0",
+    )
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="hf: largest file of weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def run(arguments: Namespace) -> int:
+    """Write the files and say how they are loaded."""
+    from pathlib import Path
+
+    from mtnlg.cli.terminal import ProgressDisplay, quantity
+    from mtnlg.config import ConfigError
+    from mtnlg.training.model_files import open_model_files
+
+    out = Path(arguments.out)
+    if _is_taken(out) and not arguments.overwrite:
+        raise ConfigError(f"{out} is there already: choose another --out, or --overwrite.")
+    files = open_model_files(arguments.model)
+    with ProgressDisplay() as progress:
+        next_step = _WRITERS[arguments.format](files, out, arguments, progress)
+    size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")))
+    print(f"{out}: {quantity(files.config.num_parameters, 'parameters')}, {quantity(size, 'bytes')}")
+    print(f"next: {next_step}")
+    return 0
+
+
+def _is_taken(out: Path) -> bool:
+    return out.is_file() or (out.is_dir() and any(out.iterdir()))
+
+
+def _to_hugging_face(files: ModelFiles, out: Path, arguments: Namespace, progress: Progress) -> str:
+    from mtnlg.config import ConfigError
+    from mtnlg.generation.prompts import end_id
+    from mtnlg.interop import write_hugging_face_folder
+    from mtnlg.training.precision import COMPUTE_DTYPES
+
+    if arguments.precision not in (None, *COMPUTE_DTYPES):
+        raise ConfigError(
+            f"--precision is {arguments.precision!r}: with --format hf choose {', '.join(COMPUTE_DTYPES)}."
+        )
+    if arguments.max_shard_gb <= 0:
+        raise ConfigError(f"--max-shard-gb is {arguments.max_shard_gb}: it must be above 0.")
+    tokenizer = files.tokenizer
+    write_hugging_face_folder(
+        out,
+        files.config,
+        files.stream,
+        end_of_text_id=end_id(tokenizer),
+        padding_id=None if tokenizer is None else tokenizer.special_tokens.get("<|padding|>"),
+        dtype=COMPUTE_DTYPES.get(arguments.precision or ""),
+        max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+        progress=progress,
+    )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    return f"vllm serve {out}, or transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+
+
+def _to_gguf(files: ModelFiles, out: Path, arguments: Namespace, progress: Progress) -> str:
+    from mtnlg.interop import write_gguf
+
+    precision = GGUF_NAMES.get(arguments.precision, arguments.precision)
+    write_gguf(out, files.config, files.stream, files.tokenizer, precision, out.stem, progress)
+    return f"llama-cli -m {out}"
+
+
+_WRITERS = {"hf": _to_hugging_face, "gguf": _to_gguf}
