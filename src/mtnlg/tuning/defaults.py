@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.tuning import METHODS
 from mtnlg.training.model_files import open_model_files
 
@@ -32,11 +33,11 @@ def tuning_defaults(values: dict[str, Any]) -> dict[str, Any]:
     if not base or method not in METHODS:
         return {}
     model = open_model_files(base).config
-    length = min(LONGEST_SAMPLE, model.max_position_embeddings)
+    length = min(LONGEST_SAMPLE, model.max_position_embeddings - _virtual_tokens(tuning, method))
     sections: dict[str, Any] = {
         "run_dir": f"runs/{Path(base).name}-{method}",
         "model": asdict(model),
-        "data": {"sequence_length": length},
+        "data": {"sequence_length": max(1, length)},
         "optimizer": {
             "learning_rate": LEARNING_RATES.get(method, LEARNING_RATES["lora"]),
             "weight_decay": 0.0,
@@ -51,3 +52,15 @@ def tuning_defaults(values: dict[str, Any]) -> dict[str, Any]:
     if not written:
         sections["stop"] = {"steps": 1}  # becomes those of the epochs
     return sections
+
+
+def _virtual_tokens(tuning: dict[str, Any], method: str) -> int:
+    """Positions that samples leave to virtual tokens."""
+    adapter = tuning.get("adapter")
+    written = adapter.get("num_virtual_tokens") if isinstance(adapter, dict) else None
+    if method not in ("prompt", "prefix"):
+        return 0
+    try:
+        return int(AdapterConfig.num_virtual_tokens if written is None else written)
+    except ValueError:
+        return 0  # whoever checks it says so

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from mtnlg.parallel.model import ParallelModel
 from mtnlg.parallel.weights import local_slice
 from mtnlg.training.optimizers import local
 
-Stream = Callable[[Collection[str]], Iterator[tuple[str, Tensor]]]
+Stream = Callable[..., Iterator[tuple[str, Tensor]]]
 
 
 @torch.no_grad()
@@ -21,7 +21,8 @@ def load_weights(model: ParallelModel, stream: Stream, where: str, wanted: Calla
 
     Args:
         model: laid out in any way.
-        stream: the base's parameters of the names given, whole, one in memory at a time.
+        stream: the base's parameters of the names given, one in memory at a time, each cut to what a
+            function of its name and whole takes of it.
         where: the base, for errors.
         wanted: which of the model's parameters are the base's.
 
@@ -29,19 +30,25 @@ def load_weights(model: ParallelModel, stream: Stream, where: str, wanted: Calla
         CheckpointError: a tensor is missing, has another shape, or holds numbers that are not finite.
     """
     targets = {name: tensor for name, tensor in model.state_dict().items() if wanted(name)}
-    missing = set(targets)
-    for name, whole in stream(frozenset(targets)):
+
+    def cut(name: str, whole: Tensor) -> Tensor:
         target = targets.get(name)
-        if target is None:
-            continue  # it lies in one tensor with another
+        if target is None:  # it lies in one tensor with another
+            return whole
         if whole.shape != target.shape:
             raise CheckpointError(
                 f"{where}: {name} has the shape {list(whole.shape)}, and the model's is "
                 f"{list(target.shape)}."
             )
-        if not bool(torch.isfinite(whole).all()):
+        return local_slice(whole, target)
+
+    missing = set(targets)
+    for name, part in stream(frozenset(targets), cut):
+        if name not in targets:
+            continue
+        if not bool(torch.isfinite(part).all()):
             raise CheckpointError(f"{where}: {name} holds numbers that are not finite (NaN or infinite).")
-        local(target).copy_(local_slice(whole, target))
+        local(targets[name]).copy_(part)
         missing.discard(name)
     if missing:
         shown = ", ".join(sorted(missing)[:6])

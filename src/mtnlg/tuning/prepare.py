@@ -10,6 +10,7 @@ from pathlib import Path
 from mtnlg.config import ConfigError, DataError, MegatronModelConfig, RunConfig, TuningConfig
 from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress
+from mtnlg.parallel.adapters import adapter_problems
 from mtnlg.tokens import Tokenizer
 from mtnlg.tokens.shuffle import permutation, seed_of
 from mtnlg.tokens.sources import find_files
@@ -17,6 +18,7 @@ from mtnlg.training.checkpoint_files import list_checkpoints, write_atomically
 from mtnlg.training.model_files import ModelFiles, open_model_files
 from mtnlg.training.prepare import Notes, check_begun_run, origin_of
 from mtnlg.tuning.conversations import Conversation, read_conversations
+from mtnlg.tuning.distillation import distillation_problems
 from mtnlg.tuning.example_file import ExampleFile
 from mtnlg.tuning.rendering import Example, Renderer
 from mtnlg.tuning.report import describe
@@ -99,11 +101,28 @@ def check_fits(config: RunConfig, base: MegatronModelConfig, tokenizer: Tokenize
             f"{tuning_of(config).base}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding "
             f"{base.vocab_size}: they do not belong together."
         )
+    problems += method_problems(config)
     teacher = tuning_of(config).distillation
     if teacher is not None:
         problems += _teacher_problems(teacher.teacher, base.vocab_size, tokenizer)
     if problems:
         raise ConfigError(problems)
+
+
+def method_problems(config: RunConfig) -> list[str]:
+    """Every reason why the method does not go with the layout or the samples; empty when it does."""
+    tuning, length = tuning_of(config), config.data.sequence_length
+    problems = distillation_problems(tuning, config.layout)
+    if not tuning.trains_adapter:
+        return problems
+    adapter = tuning.adapter
+    problems += adapter_problems(adapter, config.model, config.layout, length)
+    if tuning.packing and adapter.method == "prompt" and adapter.prompt_style != "prepend":
+        problems.append(
+            f"tuning.adapter.prompt_style is {adapter.prompt_style}: its virtual tokens stand between a "
+            "prompt and its answer, of which a packed sample has several; set tuning.packing to false."
+        )
+    return problems
 
 
 def _teacher_problems(name: str, vocab_size: int, tokenizer: Tokenizer) -> list[str]:
@@ -132,7 +151,7 @@ def _origin(config: RunConfig, tokenizer: Tokenizer) -> str:
     facts = [f"{file.path} {file.size} {Path(file.path).stat().st_mtime_ns}" for file in files]
     names = ("data", "validation_data", "validation_share", "format", "system", "loss_on", "max_turns")
     settings = [repr(getattr(tuning, name)) for name in (*names, "too_long", "packing")]
-    others = [str(config.seed), str(config.data.sequence_length), tokenizer.fingerprint]
+    others = [str(config.seed), str(_longest(config)), repr(_around(tuning)), tokenizer.fingerprint]
     return origin_of([*facts, *settings, *others, tokenizer.chat_template or ""])
 
 
@@ -144,7 +163,8 @@ def _write_examples(config: RunConfig, tokenizer: Tokenizer, progress: Progress)
         validation = read_conversations(tuning.validation_data, *read)
     else:
         train, validation = keep_apart(train, tuning.validation_share, config.seed)
-    renderer = Renderer(tokenizer, tuning.loss_on, config.data.sequence_length + 1, tuning.too_long)
+    around = _around(tuning)
+    renderer = Renderer(tokenizer, tuning.loss_on, _longest(config) + 1, tuning.too_long, around)
     total = len(train) + len(validation)
     written = []
     for split, conversations in (("train", train), ("validation", validation)):
@@ -161,6 +181,22 @@ def _write_examples(config: RunConfig, tokenizer: Tokenizer, progress: Progress)
             written.append(ExampleFile.of(examples))
             written[-1].write(path)
     return describe(config, tokenizer, renderer, written[0], written[1] if len(written) > 1 else None)
+
+
+def _longest(config: RunConfig) -> int:
+    """Places that an example may take of a sample."""
+    tuning, length = tuning_of(config), config.data.sequence_length
+    most = tuning.adapter.max_seq_length
+    if tuning.method != "prompt" or most is None:
+        return length
+    return min(length, most - tuning.adapter.num_positions)
+
+
+def _around(tuning: TuningConfig) -> tuple[str, str]:
+    """Literal text around prompts: prompt tuning's, as generation puts it there too."""
+    if tuning.method != "prompt":
+        return "", ""
+    return tuning.adapter.prefix, tuning.adapter.suffix
 
 
 def keep_apart(

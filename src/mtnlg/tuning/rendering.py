@@ -43,6 +43,7 @@ class Renderer:
         loss_on: ``assistant``, ``last`` or ``all``.
         max_tokens: of an example.
         too_long: ``cut``, ``leave_out`` or ``refuse``.
+        around: literal text before and after the prompts of plain completions.
 
     Attributes:
         num_cut: conversations that lost turns or the end of an answer.
@@ -55,9 +56,11 @@ class Renderer:
         loss_on: str = "assistant",
         max_tokens: int = 1024,
         too_long: str = "cut",
+        around: tuple[str, str] = ("", ""),
     ) -> None:
         self.tokenizer, self.loss_on = tokenizer, loss_on
         self.max_tokens, self.too_long = max_tokens, too_long
+        self.around = around
         self.num_cut = self.num_left_out = 0
         self._writer: ChatPieces = tokenizer.chat_pieces()
         self._tool_writer = tokenizer.chat_pieces(for_tools=True)
@@ -111,6 +114,7 @@ class Renderer:
 
     def _plain(self, conversation: Conversation) -> list[tuple[list[int], bool]]:
         prompt, completion = (str(message["content"]) for message in conversation.messages)
+        prompt = self.around[0] + prompt + self.around[1]
         encode = self.tokenizer.encode
         return [(encode(prompt), False), ([*encode(completion), self.tokenizer.end_of_text_id], True)]
 

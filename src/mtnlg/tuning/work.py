@@ -16,6 +16,7 @@ from mtnlg.parallel.model import ParallelModel
 from mtnlg.tokens import Tokenizer
 from mtnlg.training.model_files import open_model_files
 from mtnlg.training.work import Stream, Work
+from mtnlg.tuning.distillation import learn_from_teacher
 from mtnlg.tuning.example_file import ExampleFile
 from mtnlg.tuning.first_weights import load_weights
 from mtnlg.tuning.prepare import (
@@ -56,7 +57,7 @@ class Tuning(Work):
     def lay_out(self, config: RunConfig, mesh: Mesh) -> ParallelModel:
         """See :class:`~mtnlg.training.work.Work`; the adapter is laid out with its model."""
         tuning = tuning_of(config)
-        return lay_out(
+        model = lay_out(
             config.model,
             mesh,
             seed=config.seed,
@@ -64,6 +65,9 @@ class Tuning(Work):
             switches=config.training,
             adapter=tuning.adapter if tuning.trains_adapter else None,
         )
+        if tuning.distillation is not None:
+            learn_from_teacher(model, tuning.distillation)
+        return model
 
     def begin(self, config: RunConfig, model: ParallelModel, resumes: bool) -> None:
         """Read the base; a run that goes on has its own copy of what full tuning changed."""
