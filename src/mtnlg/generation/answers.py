@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mtnlg.config import MegatronModelConfig
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.beam import beam_search
 from mtnlg.generation.contrastive import contrastive_search
@@ -23,12 +24,12 @@ from mtnlg.generation.request import Generation, GenerationRequest, TokenEvent
 from mtnlg.generation.samples import best_samples
 from mtnlg.generation.search import SearchOptions
 from mtnlg.generation.text import continuation_text
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import LanguageModel, MegatronLmDecoder
 from mtnlg.tokens import Tokenizer
 
 
 def answer(
-    model: MegatronLmDecoder,
+    model: LanguageModel,
     tokenizer: Tokenizer | None,
     keeper: EngineKeeper,
     config: EngineConfig | None,
@@ -54,10 +55,12 @@ def answer(
     prompts = Prompts.read(prompt, tokenizer)
     wanted, drawn = num_samples(options, len(prompts.rows))
     start: list[int] = []
-    if prompts.texts is not None and tokenizer is not None and options.get("start_of_document", True):
+    if model.config.architecture == "encoder_decoder":
+        prompts = prompts.as_sources(model.config)
+    elif prompts.texts is not None and tokenizer is not None and options.get("start_of_document", True):
         start = start_ids(tokenizer, model.config.vocab_size)
     rows = [start + row for row in prompts.rows]
-    ends = _end_ids(options, tokenizer, model.config.vocab_size)
+    ends = _end_ids(options, tokenizer, model.config)
     constraint = constraint_for(options, tokenizer, model.config.vocab_size, ends)
     search = search_options(options, wanted)
     drawn = 1 if search is not None else drawn
@@ -86,6 +89,7 @@ def search_one(engine: Engine, request: GenerationRequest, options: SearchOption
         ConfigError: the request asks for what a search cannot do.
         MtnlgError: the memory for keys and values is too small.
     """
+    request = engine.with_source(request)
     max_length = engine.check(request)
     if options.penalty_alpha is not None:
         results = [contrastive_search(engine.exclusively, request, options, max_length)]
@@ -104,15 +108,19 @@ def search_one(engine: Engine, request: GenerationRequest, options: SearchOption
     return found
 
 
-def _end_ids(options: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+def _end_ids(
+    options: Mapping[str, Any], tokenizer: Tokenizer | None, config: MegatronModelConfig
+) -> list[int]:
     chosen = options.get("end_ids")
     if chosen is not None:
         return list(chosen)
-    return [end for end in [end_id(tokenizer)] if end is not None and end < vocab_size]
+    if config.architecture == "encoder_decoder":
+        return [config.eos_token_id]
+    return [end for end in [end_id(tokenizer)] if end is not None and end < config.vocab_size]
 
 
 def _plain(prompts: Prompts, number: int, found: Generation) -> str | list[int]:
-    """The prompt with its continuation."""
+    """The prompt with its continuation; an encoder-decoder's source is no part of it."""
     if prompts.texts is None:
         return found.ids
     return prompts.texts[number] + found.text

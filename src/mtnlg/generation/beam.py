@@ -185,7 +185,7 @@ def beam_search(
     """
     check_search(request)
     with access() as (runner, books):
-        branches = Branches(runner, books)
+        branches = Branches(runner, books, request.source_ids)
     try:
         with access():
             branch = branches.start(request.prompt_ids[:-1])

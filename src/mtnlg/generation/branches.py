@@ -37,10 +37,11 @@ class Branches:
     Args:
         runner: runs the model.
         books: of the runner's pages.
+        source: what an encoder-decoder has read.
     """
 
-    def __init__(self, runner: Runner, books: PageBooks) -> None:
-        self._runner, self._books = runner, books
+    def __init__(self, runner: Runner, books: PageBooks, source: tuple[int, ...] | None = None) -> None:
+        self._runner, self._books, self._source = runner, books, source
         self._holders: Counter[int] = Counter()
 
     def close(self) -> None:
@@ -129,6 +130,7 @@ class Branches:
         rows = []
         for branch, new in zip(branches, ids, strict=True):
             self._extend(branch, branch.length + len(new))
-            rows.append(Row(list(new), branch.length, list(branch.pages), num_logits))
+            row = Row(list(new), branch.length, list(branch.pages), num_logits, self._source)
+            rows.append(row)
             branch.length += len(new)
         return rows

@@ -24,6 +24,8 @@ def check_request(request: GenerationRequest, vocab_size: int, limit: int, has_t
         ConfigError: naming everything that is wrong.
     """
     problems = [*_prompt_problems(request, vocab_size, limit), *_length_problems(request)]
+    if request.source_ids is not None:
+        problems = [*_source_problems(request.source_ids, vocab_size, limit), *_length_problems(request)]
     problems += _other_problems(request, vocab_size, has_text)
     if problems:
         raise ConfigError(problems)
@@ -59,6 +61,12 @@ def _prompt_problems(request: GenerationRequest, vocab_size: int, limit: int) ->
             "can follow it."
         )
     return problems
+
+
+def _source_problems(source: Sequence[int], vocab_size: int, limit: int) -> list[str]:
+    """What is wrong with what an encoder-decoder is to read; it has as much room as what is written."""
+    reading = GenerationRequest(source, hidden=True)
+    return _prompt_problems(reading, vocab_size, limit)
 
 
 def _length_problems(request: GenerationRequest) -> list[str]:

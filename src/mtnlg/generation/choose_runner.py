@@ -7,11 +7,12 @@ import copy
 import torch
 
 from mtnlg.config.generation import EngineConfig
+from mtnlg.generation.encoder_decoder_runner import EncoderDecoderRunner
 from mtnlg.generation.fast_runner import FastRunner
 from mtnlg.generation.memory import num_cache_pages
 from mtnlg.generation.prepared import can_prepare
 from mtnlg.generation.runner import PAGE_SIZE, PlainRunner, Runner
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import LanguageModel, MegatronEncoderDecoder
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 PREPARED_DTYPES = (torch.float32, torch.bfloat16)
@@ -19,13 +20,13 @@ PREPARED_DTYPES = (torch.float32, torch.bfloat16)
 WORTH_COMPILING = 5_000_000  # parameters
 
 
-def make_runner(model: MegatronLmDecoder, config: EngineConfig) -> Runner:
+def make_runner(model: LanguageModel, config: EngineConfig) -> Runner:
     """The fast runner where the model consists of the usual parts, or the plain one.
 
     A model whose weights are elsewhere, on other ranks, brings a ``make_runner`` of its own.
 
     Args:
-        model: the decoder; it is not changed.
+        model: the decoder or encoder-decoder; it is not changed.
         config: settings.
 
     Raises:
@@ -36,6 +37,8 @@ def make_runner(model: MegatronLmDecoder, config: EngineConfig) -> Runner:
         return make(config)
     parameter = next(model.parameters())
     dtype = DTYPES.get(config.dtype, parameter.dtype)
+    if isinstance(model, MegatronEncoderDecoder):
+        return _encoder_decoder_runner(model, config, dtype)
     num_pages = num_cache_pages(model.config, config, PAGE_SIZE, dtype.itemsize, parameter.device)
     if dtype in PREPARED_DTYPES and can_prepare(model):
         mode = config.compile
@@ -45,3 +48,13 @@ def make_runner(model: MegatronLmDecoder, config: EngineConfig) -> Runner:
     if dtype != parameter.dtype:
         model = copy.deepcopy(model).to(dtype)
     return PlainRunner(model, num_pages)
+
+
+def _encoder_decoder_runner(
+    model: MegatronEncoderDecoder, config: EngineConfig, dtype: torch.dtype
+) -> EncoderDecoderRunner:
+    parameter = next(model.parameters())
+    num_pages = num_cache_pages(model.config, config, PAGE_SIZE, dtype.itemsize, parameter.device)
+    if dtype != parameter.dtype:
+        model = copy.deepcopy(model).to(dtype)
+    return EncoderDecoderRunner(model, num_pages, alone=config.deterministic)

@@ -42,7 +42,7 @@ def contrastive_search(
     """
     check_search(request)
     with access() as (runner, books):
-        search = _Contrastive(Branches(runner, books), request, options, max_length)
+        search = _Contrastive(Branches(runner, books, request.source_ids), request, options, max_length)
     try:
         with access():
             search.begin()

@@ -16,6 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from mtnlg.config.errors import MtnlgError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.checks import check_request
 from mtnlg.generation.choose_runner import make_runner
+from mtnlg.generation.encoder_decoder_runner import EncoderDecoderRunner
 from mtnlg.generation.locks import FairLock
 from mtnlg.generation.pages import PageBooks
 from mtnlg.generation.request import FinishReason, Generation, GenerationRequest, TokenEvent
@@ -34,7 +36,7 @@ from mtnlg.generation.speculation import make_drafter
 from mtnlg.generation.statistics import EngineStatistics
 from mtnlg.generation.step import Stepper
 from mtnlg.generation.text import TextStream
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import LanguageModel, MegatronLmDecoder
 
 Decode = Callable[[list[int]], str]
 LOG = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class Engine:
 
     def __init__(
         self,
-        model: MegatronLmDecoder,
+        model: LanguageModel,
         decode: Decode | None = None,
         config: EngineConfig | None = None,
         runner: Runner | None = None,
@@ -83,6 +85,7 @@ class Engine:
         self.decode = decode
         self.config = config or EngineConfig()
         self.runner = runner = runner or make_runner(model, self.config)
+        self._reads_source = getattr(runner, "reads_source", False)
         draft_model = draft_model or getattr(model, "draft_model", None)
         drafter = drafter or make_drafter(self.config, runner.vocab_size, draft_model)
         capacity = runner.num_pages * runner.page_size
@@ -92,7 +95,7 @@ class Engine:
             PageBooks(runner.num_pages, runner.page_size),
             self.config.max_batch_size,
             self.config.prefill_chunk,
-            self.config.prefix_cache,
+            self.config.prefix_cache and not self._reads_source,  # what is written depends on what was read
             PIECE if self.config.deterministic and not runner.is_invariant else None,
             model.config.use_cache if use_cache is None else use_cache,
             drafter,
@@ -124,6 +127,7 @@ class Engine:
             QueueFullError: too many are waiting.
             EngineClosedError: the engine takes nothing in any more.
         """
+        request = self.with_source(request)
         max_length = self.check(request)
         generation = Generation(request, None if self._thread is not None else self.step, self._cancel)
         if request.prompt_logprobs is not None:
@@ -147,7 +151,15 @@ class Engine:
         Raises:
             ConfigError: it cannot be answered; all that is wrong with it is named.
         """
+        request = self.with_source(request)
         return check_request(request, self.runner.vocab_size, self.max_length, self.decode is not None)
+
+    def with_source(self, request: GenerationRequest) -> GenerationRequest:
+        """As the model takes it: an encoder-decoder reads the prompt and begins a text of its own."""
+        if not self._reads_source or request.source_ids is not None:
+            return request
+        start = getattr(self.runner, "start_id")  # noqa: B009
+        return replace(request, prompt_ids=[start], source_ids=tuple(request.prompt_ids))
 
     def _make_entry(self, generation: Generation, max_length: int) -> Running:
         request = generation.request
@@ -174,12 +186,17 @@ class Engine:
             ids: a text's tokens, at least one.
 
         Returns:
-            float32 [tokens, hidden] on the CPU.
+            float32 [tokens, hidden] on the CPU; an encoder-decoder's are its encoder's.
 
         Raises:
             ConfigError: the ids cannot be embedded.
         """
-        generation = self.submit(GenerationRequest(ids, hidden=True)).result()
+        request = GenerationRequest(ids, hidden=True)
+        if isinstance(self.runner, EncoderDecoderRunner):
+            self.check(request)
+            with self.exclusively():
+                return self.runner.encode(ids).float().cpu()
+        generation = self.submit(request).result()
         if generation.hidden is None:
             raise MtnlgError(f"the embedding was not finished: {generation.finish_reason}.")
         return generation.hidden

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtnlg.config import ConfigError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.engine import Decode, Engine
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import LanguageModel, MegatronLmDecoder
 
 SAMPLED_WEIGHTS = 8  # numbers of each parameter that are compared
 NO_LIMIT = 2**31  # whoever calls waits anyway
@@ -38,7 +38,7 @@ class EngineKeeper:
 
     def engine(
         self,
-        model: MegatronLmDecoder,
+        model: LanguageModel,
         decode: Decode | None,
         config: EngineConfig | None = None,
         use_cache: bool | None = None,
@@ -84,7 +84,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _is_meta(model: MegatronLmDecoder) -> bool:
+def _is_meta(model: LanguageModel) -> bool:
     return next(model.parameters()).is_meta and getattr(model, "make_runner", None) is None
 
 
@@ -93,7 +93,7 @@ def _who(decode: Decode | None) -> Any:
     return (id(getattr(decode, "__self__", decode)), getattr(decode, "__name__", ""))
 
 
-def _structure(model: MegatronLmDecoder) -> tuple[Any, ...]:
+def _structure(model: LanguageModel) -> tuple[Any, ...]:
     """Which modules and parameters there are, where, and what is hooked into them."""
     modules = tuple(
         (id(module), len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
@@ -107,7 +107,7 @@ def _structure(model: MegatronLmDecoder) -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _weights(model: MegatronLmDecoder) -> tuple[tuple[int, ...], Tensor]:
+def _weights(model: LanguageModel) -> tuple[tuple[int, ...], Tensor]:
     """What tells changed weights from unchanged ones: versions, places, and a few of the numbers.
 
     Versions count what torch sees; writing through ``.data`` it does not see, hence the numbers.

@@ -15,8 +15,12 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # what a container may use
 
 
 def cache_bytes_per_token(config: MegatronModelConfig, element_bytes: int) -> int:
-    """Bytes of one token's keys and values: 2 · layers · key-value heads · head size · element bytes."""
-    return 2 * config.num_hidden_layers * config.key_value_heads * config.head_size * element_bytes
+    """Bytes of one token's keys and values: 2 · layers · key-value heads · head size · element bytes.
+
+    Of an encoder-decoder's layers, those of the decoder.
+    """
+    layers = config.decoder_layers or config.num_hidden_layers
+    return 2 * layers * config.key_value_heads * config.head_size * element_bytes
 
 
 def num_cache_pages(

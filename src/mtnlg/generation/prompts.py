@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from mtnlg.config import ConfigError, DataError
+from mtnlg.config import ConfigError, DataError, MegatronModelConfig
 from mtnlg.tokens import Tokenizer
 from mtnlg.tokens.tokenizer import END_OF_TEXT
 
@@ -25,12 +25,14 @@ class Prompts:
         rows: ids of each prompt.
         texts: each prompt's text, where text was given.
         is_single: one prompt was given and not a list with one in it.
+        padding_id: fills up rows; ``None`` is the tokenizer's.
     """
 
     given: Prompt
     rows: list[list[int]]
     texts: list[str] | None = None
     is_single: bool = False
+    padding_id: int | None = None
 
     @classmethod
     def read(cls, prompt: Prompt, tokenizer: Tokenizer | None) -> Prompts:
@@ -57,6 +59,19 @@ class Prompts:
             return cls(prompt, [list(row) for row in cast("Sequence[Sequence[int]]", prompt)])
         return cls(prompt, [list(cast("Sequence[int]", prompt))], None, True)
 
+    def as_sources(self, config: MegatronModelConfig) -> Prompts:
+        """The same as an encoder-decoder reads them: no part of the answer.
+
+        A text ends as T5's texts do, with ``eos_token_id``; what only fills up a tensor's rows is left out.
+        """
+        rows, end, filler = self.rows, config.eos_token_id, config.pad_token_id
+        if self.texts is not None:
+            rows = [row if row[-1:] == [end] else [*row, end] for row in rows]
+        elif isinstance(self.given, Tensor):
+            rows = [_without_ends(row, filler) for row in rows]
+        texts = None if self.texts is None else [""] * len(self.texts)
+        return Prompts(self.given, rows, texts, self.is_single, filler)
+
     def as_given(self, answers: list[Any], tokenizer: Tokenizer | None) -> Any:
         """Answers in the form of the prompts: lists for lists, a tensor for a tensor.
 
@@ -66,11 +81,23 @@ class Prompts:
         """
         if isinstance(self.given, Tensor) and answers and isinstance(answers[0][0], int):
             longest = max(len(row) for row in answers)
-            filler = tokenizer.padding_id if tokenizer is not None else 0
+            filler = self.padding_id
+            if filler is None:
+                filler = tokenizer.padding_id if tokenizer is not None else 0
             filled = [row + [filler] * (longest - len(row)) for row in answers]
             tensor = torch.tensor(filled, dtype=torch.long, device=self.given.device)
             return tensor[0] if self.is_single else tensor
         return answers[0] if self.is_single else answers
+
+
+def _without_ends(row: list[int], filler: int) -> list[int]:
+    """A row without what fills it up on either side; at least one token stays."""
+    begin, end = 0, len(row)
+    while end - begin > 1 and row[end - 1] == filler:
+        end -= 1
+    while end - begin > 1 and row[begin] == filler:
+        begin += 1
+    return row[begin:end]
 
 
 def start_ids(tokenizer: Tokenizer, vocab_size: int) -> list[int]:

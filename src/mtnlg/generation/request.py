@@ -44,6 +44,8 @@ class GenerationRequest:
             prompt under one seed differ: 0, 1, 2, ...
         hidden: only take in the prompt and keep its hidden states (``Generation.hidden``); nothing is
             generated.
+        source_ids: what an encoder-decoder reads; ``prompt_ids`` is then how the decoder's text begins.
+            The engine makes it of a request without one: the prompt is the source.
     """
 
     prompt_ids: Sequence[int]
@@ -60,6 +62,12 @@ class GenerationRequest:
     deadline_seconds: float | None = None
     stream: int = 0
     hidden: bool = False
+    source_ids: tuple[int, ...] | None = None
+
+    @property
+    def given_ids(self) -> Sequence[int]:
+        """What was given to go on from: the source where there is one, else the prompt."""
+        return self.prompt_ids if self.source_ids is None else self.source_ids
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class GenerationUsage:
     """What a generation took.
 
     Args:
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt, or of the source.
         new_tokens: tokens generated, the end token included.
         cached_tokens: prompt tokens whose keys and values were there already.
         queue_seconds: from submission to the first step.
@@ -132,7 +140,7 @@ class Generation:
         cancel: Callable[[Generation], None] | None = None,
     ) -> None:
         self.request = request
-        self.usage = GenerationUsage(prompt_tokens=len(request.prompt_ids))
+        self.usage = GenerationUsage(prompt_tokens=len(request.given_ids))
         self.new_ids: list[int] = []
         self.text = ""
         self.logprobs: list[TokenLogprobs] = []

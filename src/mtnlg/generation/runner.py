@@ -29,12 +29,14 @@ class Row:
         pages: numbers of its pages in order, enough for ``start + len(ids)`` tokens. Pages that hold
             only tokens before ``start`` may be shared with other rows and are not written.
         num_logits: of how many of the last new tokens the logits are wanted; 0 is none.
+        source: what an encoder-decoder's encoder reads.
     """
 
     ids: Sequence[int]
     start: int
     pages: Sequence[int]
     num_logits: int = 1
+    source: tuple[int, ...] | None = None
 
 
 class Runner(Protocol):

@@ -52,7 +52,7 @@ class Running:
     @property
     def num_prompt(self) -> int:
         """Tokens of the prompt."""
-        return self.generation.usage.prompt_tokens
+        return len(self.generation.request.prompt_ids)
 
     @property
     def num_missing(self) -> int:
@@ -330,7 +330,8 @@ class Scheduler:
 
     def _share(self, entry: Running, count: int) -> Share:
         start = entry.num_held
-        row = Row(entry.ids[start : start + count], start, entry.pages, 0)
+        source = entry.generation.request.source_ids
+        row = Row(entry.ids[start : start + count], start, entry.pages, 0, source)
         if entry.wants_prompt_scores:
             row.num_logits = count
         elif start + count == len(entry.ids):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from mtnlg.config.errors import MtnlgError
 from mtnlg.generation.constraint import DeadEndError
 from mtnlg.generation.request import FinishReason, TokenEvent, TokenLogprobs
-from mtnlg.generation.runner import Row, Runner
+from mtnlg.generation.runner import Runner
 from mtnlg.generation.sampler import NOTHING_LEFT, Sampled, many_logprobs
 from mtnlg.generation.scheduler import Running, Scheduler, Share
 from mtnlg.generation.speculation.verify import sample_drafted
@@ -165,7 +166,7 @@ class Stepper:
         """
         row, count = share.row, len(share.draft) + 1
         try:
-            logits = self._runner.run([Row(row.ids, row.start, row.pages, count)])
+            logits = self._runner.run([replace(row, num_logits=count)])
             return sample_drafted(logits[step : step + 1], [share.entry.state], [share.guess(step)])[0]
         except Exception as error:
             self._fail(share.entry, error)

@@ -14,6 +14,8 @@ from mtnlg.model.loss import IGNORED_LABEL, summed_cross_entropy
 from mtnlg.model.moe import Experts, MixtureOfExperts
 from mtnlg.model.router import Router
 
+LanguageModel = MegatronLmDecoder | MegatronEncoderDecoder
+
 __all__ = [
     "IGNORED_LABEL",
     "Attention",
@@ -25,6 +27,7 @@ __all__ = [
     "Experts",
     "Head",
     "KeyValueCache",
+    "LanguageModel",
     "MegatronEncoderDecoder",
     "MegatronLmDecoder",
     "MixtureOfExperts",

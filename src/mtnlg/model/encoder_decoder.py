@@ -44,13 +44,17 @@ class CrossAttention(Attention):
 
         def make() -> tuple[Tensor, Tensor]:
             assert memory is not None
-            return self._split_heads(self.key(memory)), self._split_heads(self.value(memory))
+            return self.keys_and_values(memory)
 
         query = self._split_heads(self.query(hidden))
         keeps = getattr(cache, "memory", None)
         key, value = make() if keeps is None else keeps(self.layer_index, make)
         dropout = self.attention_dropout if self.training else 0.0
         return self.attention_function(query, key, value, mask, dropout).transpose(1, 2).flatten(2)
+
+    def keys_and_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """[batch, source, hidden] → two of [batch, key_value_heads, source, head_dim]"""
+        return self._split_heads(self.key(memory)), self._split_heads(self.value(memory))
 
     def forward(
         self,
@@ -141,6 +145,16 @@ class CrossDecoderLayer(EncoderLayer):
         read = self.cross_attention(self.cross_norm(hidden), None, memory_mask, cache, memory)
         hidden = hidden + self.dropout(read)
         return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """Every attention of the layer."""
+        return [self.attention, self.cross_attention]
+
+    @property
+    def stream_norms(self) -> list[nn.Module]:
+        """The norms that work on the residual stream."""
+        return [*super().stream_norms, self.cross_norm]
 
 
 class ScaledHead(Head):
