@@ -1,8 +1,8 @@
 """The product of rows and integer codes (``kernels/integer_product.cpp``), compiled once for a machine.
 
 torch's own kernels for few bits read weights at a third to a half of what memory gives, keep one scale for
-a whole tensor of activations, or know no groups: docs/quantization.md has the measurements. This one needs a
-C++ compiler and a processor with AVX-512 VNNI; without them the layers compute the same over weights that
+a whole tensor of activations, or know no groups: docs/quantization.md has the measurements. This one needs
+a C++ compiler and a processor with AVX-512 VNNI; without them the layers compute the same over weights that
 were made floating point again.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).parent / "kernels" / "integer_product.cpp"
-FLAGS = "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC".split()
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
 NEEDED = "avx512_vnni"  # as Linux names it
 COMPILING_SECONDS = 300
 logger = logging.getLogger(__name__)

@@ -1,5 +1,6 @@
 """Weights in few bits: linear layers over integers, and how the integers are chosen."""
 
+from mtnlg.quantization.calibration import METHODS, calibrate
 from mtnlg.quantization.linear import QuantizedLinear
 from mtnlg.quantization.model import (
     codes_of_weights,
@@ -11,8 +12,10 @@ from mtnlg.quantization.model import (
 from mtnlg.quantization.numbers import Codes, dequantize, quantize
 
 __all__ = [
+    "METHODS",
     "Codes",
     "QuantizedLinear",
+    "calibrate",
     "codes_of_weights",
     "converted",
     "dequantize",
