@@ -248,10 +248,10 @@ def test_without_a_compiler_on_is_the_users_error(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     # numbers of its own, so that no other test has compiled this shape
     model = make_model(hidden_size=12, num_attention_heads=3, num_hidden_layers=1)
-    with pytest.raises(ConfigError, match=r"No working C\+\+ compiler .*no-such-compiler"):
+    compiler = torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler"))
+    with compiler, pytest.raises(ConfigError, match=r"No working C\+\+ compiler .*no-such-compiler"):
         FastRunner(model, 6, compile="on")
 
 

@@ -7,12 +7,12 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtnlg.generation.compiling import compiled
 from mtnlg.config.errors import ConfigError
 from mtnlg.generation.paged_attention import PagePool, attend_pages, attend_step
 
@@ -51,11 +51,13 @@ class AttentionKernel:
             once there has been some work: a short program should not wait for a compiler at its end.
         is_invariant: a token's numbers may never depend on other tokens, nor change when the compiler
             is done: ``auto`` then compiles before the first step too.
-
         and_then: compiled after it, at the same time.
 
     Attributes:
         step: :func:`attend_step`, as soon as it is compiled.
+
+    Raises:
+        ConfigError: ``mode`` is ``on`` and there is no compiler that works.
     """
 
     def __init__(
@@ -137,7 +139,6 @@ def compiled_kernel(function: Kernel, shape: KernelShape) -> Kernel:
     Raises:
         Exception: whatever the compiler finds missing, first of all a C++ compiler.
     """
-    assert isinstance(function, FunctionType)
     key = (function.__name__, shape)
     with _LOCK:
         if key not in _KERNELS:
@@ -146,36 +147,25 @@ def compiled_kernel(function: Kernel, shape: KernelShape) -> Kernel:
 
 
 @torch.inference_mode()
-def _compiled(function: FunctionType, shape: KernelShape) -> Kernel:
-    # The compiler files its work under a function's code. Each shape has its own here, so that nothing
-    # needs to be asked at a call: shapes are those of the example below, page numbers from the books.
-    code = function.__code__.replace(co_name=f"{function.__name__}_{len(_KERNELS)}")
-    kernel: Kernel = torch.compile(
-        FunctionType(code, function.__globals__),
-        fullgraph=True,
-        options={
-            "assert_indirect_indexing": False,
-            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-        },
-    )
+def _compiled(function: Kernel, shape: KernelShape) -> Kernel:
     tokens, pages, pool_pages, filled = 3, 5, 7, 11  # all different: equal sizes are held for the same one
     device = torch.device(shape.device)
     pool = PagePool(pool_pages, shape.page_size, shape.heads, shape.head_size, shape.dtype, device)
     table = torch.zeros(tokens, pages, dtype=torch.int64, device=device)
     lengths = torch.ones(tokens, dtype=torch.int64, device=device)
-    for tensor, axis in ((table, 0), (table, 1), (lengths, 0), (pool.keys, 0), (pool.values, 0)):
-        torch._dynamo.mark_dynamic(tensor, axis)
+    held, of_tokens = [(0,), (0,)], [(0, 1), (0,)]
     if function is attend_pages:
         query = pool.keys.new_zeros(tokens, shape.heads, shape.queries, shape.head_size)
-        torch._dynamo.mark_dynamic(query, 0)
-        kernel(query, pool.keys, pool.values, table, lengths)
-        return kernel
+        return compiled(
+            function, [query, pool.keys, pool.values, table, lengths], [(0,), *held, *of_tokens]
+        )
     projected = pool.keys.new_zeros(filled, shape.heads * (shape.queries + 2) * shape.head_size)
     new_pages, new_places = torch.zeros(2, tokens, dtype=torch.int64, device=device).unbind()
-    for tensor in (projected, new_pages, new_places):
-        torch._dynamo.mark_dynamic(tensor, 0)
-    kernel(projected, pool.keys, pool.values, new_pages, new_places, table, lengths)
-    return kernel
+    return compiled(
+        function,
+        [projected, pool.keys, pool.values, new_pages, new_places, table, lengths],
+        [(0,), *held, (0,), (0,), *of_tokens],
+    )
 
 
 def attend_gathered(query: Tensor, pool: PagePool, pages: Tensor, lengths: Tensor) -> Tensor:

@@ -11,27 +11,35 @@ import sys
 from functools import cache
 from typing import Any
 
-SMALL_PAGE = 4096
-WORTH_ASKING = 2**21  # bytes; less than one large page cannot become one
+LARGE_PAGE = 2**21  # bytes
+WORTH_ASKING = 2**19  # bytes; it takes neighbours to fill a large page, which most matrices have
 ADVISE_HUGE, COLLAPSE_NOW = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, which Linux has from 6.1 on
 
 
 def use_huge_pages(address: int, num_bytes: int) -> bool:
     """Ask for large pages under memory that is in use; its content stays as it is.
 
+    The pages at both ends hold what lies beside it too. Matrices of a model lie beside each other.
+
     Args:
         address: of its first byte.
         num_bytes: how long it is.
 
     Returns:
-        Whether the system did it. It may refuse, or not know how: nothing but speed is lost.
+        Whether the system did it for some of it. It may refuse, or not know how: nothing but speed is
+        lost.
     """
     advise = _madvise()
     if advise is None or num_bytes < WORTH_ASKING:
         return False
-    begin = -(-address // SMALL_PAGE) * SMALL_PAGE
-    length = (address + num_bytes - begin) // SMALL_PAGE * SMALL_PAGE
-    place = ctypes.c_void_p(begin), ctypes.c_size_t(length)
+    begins = range(address // LARGE_PAGE * LARGE_PAGE, address + num_bytes, LARGE_PAGE)
+    done = [_collapse(advise, begin) for begin in begins]  # all of them, not only the first
+    return any(done)
+
+
+def _collapse(advise: Any, begin: int) -> bool:
+    """One large page; the system refuses where not all of its addresses are in use."""
+    place = ctypes.c_void_p(begin), ctypes.c_size_t(LARGE_PAGE)
     return advise(*place, ADVISE_HUGE) == 0 and advise(*place, COLLAPSE_NOW) == 0
 
 

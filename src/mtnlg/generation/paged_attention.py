@@ -13,7 +13,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 VALUE_BLOCK = 16  # dimensions of a value that lie together
@@ -141,7 +140,7 @@ def attend_step(
     values[new_pages, :, :, new_places] = parts[:, -heads:].unflatten(2, (-1, values.shape[-1]))
     query = parts[:, : -2 * heads].unflatten(1, (heads, -1))
     found = attend_pages(query, keys, values, pages, lengths).flatten(1)
-    return F.pad(found, (0, 0, 0, projected.shape[0] - num_tokens))
+    return torch.cat([found, found.new_zeros(projected.shape[0] - num_tokens, found.shape[1])])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

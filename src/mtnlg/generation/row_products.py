@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernel = Callable[..., Tensor]
+from mtnlg.generation.compiling import Kernel, compiled
+
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda values: values,
     "gelu": F.gelu,
@@ -88,27 +88,28 @@ def compiled_product(product: Product) -> Kernel:
         Exception: whatever the compiler finds missing, first of all a C++ compiler.
     """
     with _LOCK:
-        if product in _KERNELS:
-            return _KERNELS[product]
-        activation, is_sum = ACTIVATIONS[product.activation], product.other == "plus"
+        if product not in _KERNELS:
+            _KERNELS[product] = _make(product)
+        return _KERNELS[product]
 
-        def one(row: Tensor, weight: Tensor, bias: Tensor | None, beside: Tensor | None) -> Tensor:
-            return row_product(row, weight, bias, beside, activation, is_sum)
 
-        # A name of its own for each, so that the compiler has nothing to ask at a call.
-        code = one.__code__.replace(co_name=f"row_product_{len(_KERNELS)}")
-        function = FunctionType(code, one.__globals__, closure=one.__closure__)
-        kernel: Kernel = torch.compile(
-            function,
-            fullgraph=True,
-            dynamic=False,
-            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-        )
-        outputs, inputs = product.size
-        row = torch.zeros(1, inputs, dtype=product.dtype)
-        weight = torch.zeros(outputs, inputs, dtype=product.dtype)
-        bias = torch.zeros(outputs, dtype=product.dtype) if product.has_bias else None
-        beside = torch.zeros(1, outputs, dtype=product.dtype) if product.other else None
-        kernel(row, weight, bias, beside)
-        _KERNELS[product] = kernel
+def _make(product: Product) -> Kernel:
+    activation, is_sum = ACTIVATIONS[product.activation], product.other == "plus"
+    outputs, inputs = product.size
+    sizes = [(1, inputs), (outputs, inputs)]
+    sizes += [(outputs,)] * product.has_bias + [(1, outputs)] * (product.other is not None)
+
+    def one(row: Tensor, weight: Tensor, *others: Tensor) -> Tensor:
+        given = list(others)
+        bias = given.pop(0) if product.has_bias else None
+        return row_product(row, weight, bias, given[0] if given else None, activation, is_sum)
+
+    examples = [torch.zeros(size, dtype=product.dtype) for size in sizes]
+    kernel = compiled(one, examples, [()] * len(sizes))
+    if product.has_bias and product.other is not None:
         return kernel
+    if product.has_bias:
+        return lambda row, weight, bias, _beside: kernel(row, weight, bias)
+    if product.other is not None:
+        return lambda row, weight, _bias, beside: kernel(row, weight, beside)
+    return lambda row, weight, _bias, _beside: kernel(row, weight)
