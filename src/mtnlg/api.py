@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import torch
 from torch import Tensor
 
-from mtnlg.config import CheckpointError, MegatronModelConfig
+from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.config.prompt_tuning import prompt_adapter
 from mtnlg.config.quantize import QuantizeConfig, with_quantization
 from mtnlg.generation import Engine
 from mtnlg.generation.answers import answer
@@ -18,8 +20,12 @@ from mtnlg.generation.keeper import EngineKeeper
 from mtnlg.generation.options import DetailedOptions, GenerationOptions
 from mtnlg.generation.prompts import Prompt, end_id
 from mtnlg.interop import write_hugging_face
+from mtnlg.interop.adapter import Adapter, adapter_of, load_adapter
+from mtnlg.interop.fingerprint import check_base, fingerprint_of
+from mtnlg.interop.peft import read_adapter, write_adapter
 from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
 from mtnlg.model import MegatronLmDecoder, NoInitialization, initialize_weights
+from mtnlg.model.adapters import merge_low_rank, put_adapter, start_adapter, take_out_adapter
 from mtnlg.quantization import codes_of_weights, converted, num_quantized, quantize_model
 from mtnlg.tokens import Tokenizer
 
@@ -54,6 +60,9 @@ class MegatronLmModel(MegatronLmDecoder):
             initialize_weights(self, config, seed)
         if config.quantize:
             quantize_model(self, QuantizeConfig.from_dict(config.quantize_config))
+        prompt = prompt_adapter(config)
+        if prompt is not None:
+            self._put_adapter(prompt, seed)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "draft_model":  # a companion and no part of this model: neither counted nor saved
@@ -91,7 +100,7 @@ class MegatronLmModel(MegatronLmDecoder):
 
         Args:
             name_or_path: the folder of a run (its newest whole checkpoint), one checkpoint, a Hugging
-                Face folder (GPT-2, Llama, Qwen2, Qwen3, Mixtral, Qwen3-MoE, GLM-4-MoE), or a name on the
+                Face folder or an adapter's with its base (GPT-2, Llama, Qwen2, Qwen3, Mixtral, Qwen3-MoE, GLM-4-MoE), or a name on the
                 Hugging Face hub.
             device: where to put the weights.
             dtype: convert the weights to it; ``None`` keeps how they were saved.
@@ -105,14 +114,18 @@ class MegatronLmModel(MegatronLmDecoder):
         from mtnlg.training.model_files import open_model_files
 
         files = open_model_files(name_or_path)
+        plain = files.base or files
         with torch.device("meta"), NoInitialization():
-            model = cls(with_quantization(files.config, quantize))
-        weights = {name: converted(name, tensor, device, dtype) for name, tensor in files.read().items()}
+            model = cls(with_quantization(plain.config, quantize))
+        weights = {name: converted(name, tensor, device, dtype) for name, tensor in plain.read().items()}
         weights = codes_of_weights(model, weights)
         _check_weights(model, weights, str(name_or_path))
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
         model.tokenizer = files.tokenizer
+        if files.adapter is not None:
+            check_base(files.adapter.base_fingerprint, fingerprint_of(model), str(name_or_path))
+            load_adapter(model, files.adapter)
         return model.eval()
 
     def save_pretrained(
@@ -133,6 +146,11 @@ class MegatronLmModel(MegatronLmDecoder):
             ConfigError: no Hugging Face architecture computes this model; the fields are named.
             CheckpointError: the disk refused.
         """
+        if self.adapter is not None:
+            raise ConfigError(
+                "the model has an adapter: merge_adapter() makes it part of the weights (lora), save_adapter() "
+                "writes it by itself."
+            )
         tokenizer = self.tokenizer
         write_hugging_face(
             self,
@@ -144,6 +162,76 @@ class MegatronLmModel(MegatronLmDecoder):
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(Path(path))
+
+    # -- adapters
+
+    def add_adapter(
+        self, adapter: AdapterConfig | Adapter | str | os.PathLike[str], seed: int = 1234
+    ) -> None:
+        """Put an adapter in: it alone is trained from now on, and every call computes with it.
+
+        Args:
+            adapter: a new one, which begins by changing nothing (LoRA) or as tokens of the vocabulary
+                (prompt tuning); one as a value; or an adapter's folder, as PEFT or
+                :meth:`save_adapter` writes them.
+            seed: of a new one's first values.
+
+        Raises:
+            ConfigError: there is one already, its layers are not in this model, or its first text needs
+                a tokenizer.
+            CheckpointError: its files are broken, or it was made for another model.
+        """
+        if self.adapter is not None:
+            raise ConfigError(
+                "the model has an adapter already: merge_adapter() or remove_adapter() first."
+            )
+        if isinstance(adapter, AdapterConfig):
+            self._put_adapter(adapter, seed)
+            return
+        where = "the adapter"
+        if not isinstance(adapter, Adapter):
+            where = str(adapter)
+            adapter = read_adapter(Path(adapter), self.config)
+        check_base(adapter.base_fingerprint, fingerprint_of(self), where)
+        load_adapter(self, adapter)
+
+    def save_adapter(self, path: str | os.PathLike[str], *, base: str | None = None) -> None:
+        """Write the adapter alone, as a folder that PEFT, :meth:`add_adapter` and the server load.
+
+        Args:
+            path: the folder.
+            base: name or path of the base, which :meth:`from_pretrained` of the folder looks for.
+
+        Raises:
+            ConfigError: there is no adapter.
+            CheckpointError: the disk refused.
+        """
+        write_adapter(Path(path), adapter_of(self, fingerprint_of(self)), self.config, base)
+
+    def merge_adapter(self) -> None:
+        """Make LoRA's updates part of the weights: the model computes the same, without an adapter.
+
+        Raises:
+            ConfigError: the adapter has virtual tokens, or the weights below it are quantized.
+        """
+        merge_low_rank(self)
+
+    def remove_adapter(self) -> None:
+        """Leave the base as it was."""
+        take_out_adapter(self)
+
+    def _put_adapter(self, config: AdapterConfig, seed: int) -> None:
+        text_ids: list[int] = []
+        if config.init_text and not self.is_meta:
+            if self.tokenizer is None:
+                raise ConfigError(
+                    f"the virtual tokens are to begin as {config.init_text!r}, which takes a tokenizer: give "
+                    "MegatronLmModel one, or leave init_text empty."
+                )
+            text_ids = self.tokenizer.encode(config.init_text)
+        put_adapter(self, config)
+        if not self.is_meta:
+            start_adapter(self, seed, text_ids)
 
     # -- generation
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from mtnlg.config.attention_rules import attention_problems, reach
 from mtnlg.config.encoder_decoder import encoder_decoder_problems
-from mtnlg.config.errors import ConfigError, NotYetError
+from mtnlg.config.errors import ConfigError
 from mtnlg.config.model_rules import GATED_ACTIVATIONS, choice_problems, range_problems, shape_problems
 from mtnlg.config.model_sizes import count_layer, count_parameters
 from mtnlg.config.moe import AUX_LOSS_COEFFICIENT, BIAS_UPDATE_RATE, expert_problems
+from mtnlg.config.prompt_tuning import prompt_tuning_problems
 from mtnlg.config.quantize import quantize_problems
 
 
@@ -49,7 +50,25 @@ class MegatronModelConfig:
             is int8 with a scale for each row.
         enable_input_require_grads: the embedding's output requires gradients, which adapters need
             under activation recomputation.
-        prompt_tuning: train virtual tokens only (not yet), with the ``prompt_tuning_*`` options.
+        prompt_tuning: virtual tokens stand with every text, and training changes nothing but them
+            (Lester et al. 2021, arXiv 2104.08691). The options below say nothing without it.
+        prompt_tuning_num_tokens: how many; ``None`` is 20.
+        prompt_tuning_init_text: text whose embeddings they begin as, repeated or cut to their number;
+            ``None`` or empty draws tokens at random.
+        prompt_tuning_update_every_n_steps: their gradients are averaged over so many steps before they
+            change; ``None`` is 1.
+        prompt_tuning_lr_multiplier: of the learning rate, for them; ``None`` is 1.
+        prompt_tuning_max_seq_length: most tokens, virtual ones among them, of a text that is trained on
+            or written; ``None`` is ``max_position_embeddings``.
+        prompt_tuning_vocab_size: tokens are drawn from so many first ones of the vocabulary (frequent
+            ones come first); ``None`` is all of it.
+        prompt_tuning_prompt_style: where virtual tokens stand: ``prepend`` (before everything; ``None``),
+            ``append`` (between prompt and answer) or ``both`` (half of them at each).
+        prompt_tuning_prompt_style_args: text put around the user's: ``{"prefix": ..., "suffix": ...}``.
+        prompt_tuning_prompt_style_args_type: how keys and values below are read: ``dict`` (``None``), each
+            value under its key; ``list``, values alone, prefix first.
+        prompt_tuning_prompt_style_args_keys: names of the values that follow.
+        prompt_tuning_prompt_style_args_values: the texts; they win over ``prompt_tuning_prompt_style_args``.
         num_key_value_heads: heads of keys and values (grouped-query attention); ``None`` is one for
             each query head.
         head_dim: size of one head; ``None`` is ``hidden_size / num_attention_heads``.
@@ -120,7 +139,6 @@ class MegatronModelConfig:
 
     Raises:
         ConfigError: naming every field that is out of range, all at once.
-        NotYetError: for prompt tuning.
     """
 
     vocab_size: int = 50257
@@ -209,9 +227,9 @@ class MegatronModelConfig:
             problems = shape_problems(self) + attention_problems(self) + expert_problems(self)
             problems += encoder_decoder_problems(self)
             problems += quantize_problems(self.quantize, self.quantize_config)
+            problems += prompt_tuning_problems(self)
         if problems:
             raise ConfigError(problems)
-        _refuse_what_is_not_yet(self)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> MegatronModelConfig:
@@ -350,13 +368,3 @@ class MegatronModelConfig:
     def num_active_parameters_of_layer(self, index: int) -> int:
         """Those of one layer that one token goes through."""
         return count_layer(self, index, active=True)
-
-
-def _refuse_what_is_not_yet(config: MegatronModelConfig) -> None:
-    asked = [
-        name
-        for name, value in config.to_dict().items()
-        if name.startswith("prompt_tuning") and value not in (None, False)
-    ]
-    if asked:
-        raise NotYetError(f"{asked[0]}: prompt tuning is not implemented yet; leave it off.")

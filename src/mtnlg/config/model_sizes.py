@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mtnlg.config.encoder_decoder import cross_attention_weights, encoder_decoder_ends
 from mtnlg.config.moe import mlp_weights
+from mtnlg.config.prompt_tuning import DEFAULT_TOKENS
 
 if TYPE_CHECKING:
     from mtnlg.config.model import MegatronModelConfig
@@ -57,4 +58,6 @@ def _ends(config: MegatronModelConfig) -> int:
         count += 2 * config.embedding_width * config.hidden_size
     norms = config.embedding_norm + (config.norm_placement != "after")
     count += embedding * (not config.tie_word_embeddings) + norms * _norm(config)
+    if config.prompt_tuning:
+        count += (config.prompt_tuning_num_tokens or DEFAULT_TOKENS) * config.embedding_width
     return count + encoder_decoder_ends(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from mtnlg.model import MegatronLmDecoder
 from mtnlg.model.adapters import (
     PROMPT_NAME,
     is_of_adapter,
+    kind_beside,
     put_adapter,
     take_out_adapter,
 )
-from mtnlg.model.low_rank import CHILD
+from mtnlg.model.low_rank import CHILD, LowRankUpdate, add_low_rank
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,42 @@ def load_adapter(decoder: MegatronLmDecoder, adapter: Adapter) -> None:
 
     Raises:
         CheckpointError: its parameters are not those of this model; the first are named.
-        ConfigError: its target modules are not the model's.
     """
     take_out_adapter(decoder)
-    put_adapter(decoder, adapter.config)
+    if adapter.config.method == "lora":
+        _put_updates(decoder, adapter)
+    else:
+        put_adapter(decoder, adapter.config)
     places = {name: item for name, item in decoder.named_parameters() if is_of_adapter(name)}
     values = values_of(adapter)
     problems = [f"{name} is missing" for name in places.keys() - values.keys()]
     problems += [f"{name} is not in this model" for name in values.keys() - places.keys()]
-    problems += [
-        f"{name} has the shape {list(values[name].shape)}, the model wants {list(place.shape)}"
-        for name, place in places.items()
-        if name in values and values[name].shape != place.shape
-    ]
+    problems += _wrong_shapes(places, values)
     if problems:
         take_out_adapter(decoder)
         raise CheckpointError(f"the adapter does not fit the model: {'; '.join(sorted(problems)[:6])}.")
     for name, place in places.items():
         place.copy_(values[name])
+
+
+def _put_updates(decoder: MegatronLmDecoder, adapter: Adapter) -> None:
+    """Updates as the adapter has them: their ranks and scales may differ from layer to layer."""
+    decoder.requires_grad_(False)
+    decoder.adapter = adapter.config
+    linears = dict(decoder.named_modules())
+    for name, one in adapter.low_rank.items():
+        linear: Any = linears.get(name)
+        if linear is None or not hasattr(linear, "in_features"):
+            continue
+        has_magnitude = one.magnitude is not None
+        sizes = (linear.in_features, linear.out_features, len(one.down), one.scale)
+        update = LowRankUpdate(*sizes, adapter.config.dropout, has_magnitude, **kind_beside(linear))
+        add_low_rank(linear, update)
+
+
+def _wrong_shapes(places: dict[str, Any], values: dict[str, Tensor]) -> list[str]:
+    return [
+        f"{name} has the shape {list(values[name].shape)}, the model wants {list(place.shape)}"
+        for name, place in places.items()
+        if name in values and values[name].shape != place.shape
+    ]

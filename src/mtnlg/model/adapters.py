@@ -18,7 +18,6 @@ from mtnlg.config.errors import ConfigError
 from mtnlg.model.attention import Attention
 from mtnlg.model.decoder import MegatronLmDecoder
 from mtnlg.model.initialization import initial_value
-from mtnlg.model.layers import DecoderLayer
 from mtnlg.model.low_rank import (
     CHILD,
     LowRankUpdate,
@@ -33,6 +32,7 @@ from mtnlg.model.virtual_tokens import (
     VirtualTokens,
     add_prefix,
     add_virtual_tokens,
+    insert_virtual_tokens,
     take_out_prefix,
     take_out_virtual_tokens,
 )
@@ -46,7 +46,7 @@ def is_of_adapter(name: str) -> bool:
     return name == PROMPT_NAME or name.endswith(_ENDINGS)
 
 
-def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
+def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig, inserts: bool = True) -> None:
     """Add what ``config`` describes to ``decoder`` or a stage of it; the values come after.
 
     The decoder's own parameters are frozen; ``decoder.adapter`` is ``config`` from now on. New
@@ -55,6 +55,8 @@ def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
     Args:
         decoder: whose weights stay as they are.
         config: the adapter.
+        inserts: whether ``decoder(ids)`` puts virtual tokens among the ids by itself; whoever calls it
+            with a cache does it in any case.
 
     Raises:
         ConfigError: the decoder has an adapter already, or none of the layers that are to get one.
@@ -74,10 +76,12 @@ def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
                 config.num_virtual_tokens,
                 decoder.config.key_value_heads,
                 decoder.config.head_size,
-                **_kind(attention.key),
+                **kind_beside(attention.key),
             )
             add_prefix(attention, prefix)
     decoder.adapter = config
+    if inserts and config.num_positions:
+        insert_virtual_tokens(decoder, config)
 
 
 def take_out_adapter(decoder: MegatronLmDecoder) -> None:
@@ -89,6 +93,7 @@ def take_out_adapter(decoder: MegatronLmDecoder) -> None:
             take_out_virtual_tokens(decoder.embedding)
         for _, attention in prefixed(decoder):
             take_out_prefix(attention)
+        decoder.__dict__.pop("forward", None)
     decoder.adapter = None
 
 
@@ -142,7 +147,7 @@ def _put_low_rank(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
             config.scale,
             config.dropout,
             config.decomposed,
-            **_kind(linear),
+            **kind_beside(linear),
         )
         add_low_rank(linear, update)
 
@@ -182,12 +187,12 @@ def _put_virtual_tokens(decoder: MegatronLmDecoder, config: AdapterConfig) -> No
             architecture.vocab_size,
             config.num_virtual_tokens,
             embedding.tokens.embedding_dim,
-            **_kind(embedding.tokens),
+            **kind_beside(embedding.tokens),
         )
     add_virtual_tokens(embedding, prompt, architecture.vocab_size)
 
 
-def _kind(beside: nn.Module) -> dict[str, Any]:
+def kind_beside(beside: nn.Module) -> dict[str, Any]:
     """dtype and device for parameters beside a module."""
     tensors = [*beside.parameters(recurse=False), *beside.buffers(recurse=False)]
     first = tensors[0]

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtnlg.config.adapter import AdapterConfig
-from mtnlg.model.attention import Attention
-from mtnlg.model.decoder import EVERY_DOCUMENT
+from mtnlg.config.errors import ConfigError
+from mtnlg.model.attention import Attention, KeyValueCache
+from mtnlg.model.decoder import EVERY_DOCUMENT, DecoderOutput, MegatronLmDecoder
 from mtnlg.model.loss import IGNORED_LABEL
 
 
@@ -224,3 +225,41 @@ def _labels_with_virtual(labels: Tensor, columns: Tensor, after: Tensor, behind:
     longer = labels.new_full((len(labels), width), IGNORED_LABEL)
     is_last = ~after & (labels != IGNORED_LABEL)  # the token before the answer
     return longer.scatter_(1, columns + is_last * behind, labels)
+
+
+def insert_virtual_tokens(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
+    """Let ``decoder(ids)`` put virtual tokens among the ids; what it gives is about the text alone."""
+    forward = partial(_read_with_virtual, decoder, config, decoder.forward)
+    decoder.forward = forward  # type: ignore[method-assign]
+
+
+def _read_with_virtual(
+    decoder: MegatronLmDecoder,
+    config: AdapterConfig,
+    forward: Callable[..., DecoderOutput],
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cache: KeyValueCache | None = None,
+    logits_at: Tensor | None = None,
+) -> DecoderOutput:
+    if cache is not None:  # earlier tokens are known to whoever has them
+        return forward(input_ids, labels, position_ids, document_ids, attention_mask, cache, logits_at)
+    if attention_mask is not None:
+        raise ConfigError("attention_mask: virtual tokens are not in it; give document_ids instead.")
+    vocab_size = decoder.config.vocab_size
+    ids, labels, positions, documents, columns = rows_with_virtual(
+        config, vocab_size, input_ids, labels, position_ids, document_ids
+    )
+    # What follows the text is said after the virtual tokens that stand behind it.
+    columns = torch.cat([columns[:, :-1], columns[:, -1:] + config.num_positions], dim=1)
+    columns[:, -1] -= numbers_in_front(config)
+    if logits_at is not None:
+        logits_at = columns.gather(1, logits_at[:, None])[:, 0]
+    output = forward(ids, labels, positions, documents, None, None, logits_at)
+    if output.logits is not None and logits_at is None:
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        output.logits = output.logits[rows, columns]
+    return output

@@ -89,7 +89,7 @@ def adapter_problems(
 
 def lay_out_adapter(decoder: MegatronLmDecoder, config: AdapterConfig, mesh: Mesh) -> None:
     """Put an adapter into a stage whose own matrices are divided already."""
-    put_adapter(decoder, config)
+    put_adapter(decoder, config, inserts=False)
     if decoder.embedding is not None and mesh.num_stages > 1:
         decoder.embedding.require_grads = True  # what a stage sends must have a gradient
     if mesh.tensor_size == 1:

@@ -19,7 +19,10 @@ from mtnlg.interop import (
     read_weights,
     stream_weights,
 )
+from mtnlg.interop.adapter import Adapter
+from mtnlg.interop.peft import base_name, is_adapter
 from mtnlg.tokens import Tokenizer
+from mtnlg.training.adapter_files import with_adapter
 from mtnlg.training.saved_run import is_checkpoint, is_run, open_checkpoint, open_run
 
 
@@ -33,12 +36,16 @@ class ModelFiles:
         read: all parameters by name, whole, on the CPU, a tied head among them.
         stream: those of the names given, one in memory at a time; a tied head is the embedding. A second
             argument, ``cut(name, whole)``, gives the view of each that is wanted: only that is read.
+        adapter: of an adapter's folder, whose updates ``read`` and ``stream`` have merged already.
+        base: what it was made for.
     """
 
     config: MegatronModelConfig
     tokenizer: Tokenizer | None
     read: Callable[[], dict[str, Tensor]]
     stream: Callable[..., Iterator[tuple[str, Tensor]]]
+    adapter: Adapter | None = None
+    base: ModelFiles | None = None
 
 
 def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
@@ -54,14 +61,29 @@ def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
         saved = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder)
         tokenizer = _read_tokenizer(saved.tokenizer_dir)
         return ModelFiles(saved.config, tokenizer, saved.read_weights, saved.stream_weights)
+    if is_adapter(folder):
+        return with_adapter(_open_base(folder), folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: neither a run (config.yaml, checkpoints/) nor a checkpoint (state.json, weights/) "
-            "nor a Hugging Face folder (config.json)."
+            "nor a Hugging Face folder (config.json) nor an adapter's (adapter_config.json)."
         )
     config = read_config(folder)
     read, stream = partial(read_weights, folder, config), partial(stream_weights, folder, config)
     return ModelFiles(config, _read_tokenizer(folder), read, stream)
+
+
+def _open_base(folder: Path) -> ModelFiles:
+    """The base that an adapter's folder names; a path may be one from that folder."""
+    name = base_name(folder)
+    beside = folder / name
+    try:
+        return open_model_files(beside if beside.is_dir() else name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: its base model cannot be opened ({error}) Write where it lies now into "
+            "base_model_name_or_path of adapter_config.json."
+        ) from error
 
 
 def _from_elsewhere(name_or_path: str | os.PathLike[str]) -> Path:
