@@ -73,7 +73,8 @@ FAULTS = "parallel/test_faults.py::test_every_token_is_trained_on_once_in_any_la
 RECOMPUTE = "parallel/test_recompute.py"
 DOCUMENTS, AUTO = "tokens/test_documents.py", "planning/test_auto_layout.py"
 ASYNC, BACKGROUND = "parallel/test_async_tensor.py", "training/test_async_checkpoints.py"
-HERE = "config/test_every_setting.py"
+OBJECTIVE, DENOISING = "training/test_special_tokens.py", "tokens/test_denoising.py"
+LENGTHS, HERE = "config/test_objective.py", "config/test_every_setting.py"
 PROVED_BY = {
     "run_dir": f"{PREPARE}::test_prepare_makes_tokenizer_token_files_and_config",
     "preset": "config/test_load.py::test_preset_expands_and_written_fields_win",
@@ -84,6 +85,16 @@ PROVED_BY = {
     "data.sources": f"{PREPARE}::test_changed_source_is_encoded_anew_until_the_run_has_begun",
     "data.encoding_errors": f"{DOCUMENTS}::test_wrong_encodings_are_named_and_can_be_passed_over",
     "data.cache_dir": "tokens/test_index_cache.py::test_index_goes_to_the_cache_folder",
+    "data.objective.name": f"{OBJECTIVE}::test_a_decoder_learns_by_an_objective_and_goes_on",
+    "data.objective.noise_density": f"{DENOISING}::test_a_changed_objective_is_refused",
+    "data.objective.mean_span_length": f"{LENGTHS}::test_lengths_are_those_of_t5",
+    "data.objective.denoisers": f"{DENOISING}::test_denoisers_are_drawn_by_weight_and_say_which",
+    "data.objective.target_length": f"{LENGTHS}::test_a_sample_has_room_and_no_token_more",
+    "data.objective.sentinel_ids": f"{OBJECTIVE}::test_a_trained_tokenizer_has_sentinels_and_modes",
+    "data.objective.end_id": f"{OBJECTIVE}::test_a_trained_tokenizer_has_sentinels_and_modes",
+    "data.objective.padding_id": f"{OBJECTIVE}::test_a_trained_tokenizer_has_sentinels_and_modes",
+    "data.objective.start_id": f"{OBJECTIVE}::test_an_encoder_decoder_takes_the_ends_of_its_tokenizer",
+    "data.objective.mode_ids": f"{OBJECTIVE}::test_a_tokenizer_without_them_is_refused_with_a_way_out",
     "layout.auto": f"{AUTO}::test_auto_is_read_from_a_recipe_and_from_the_command_line",
     "layout.tensor_parallel_size": FAULTS,
     "layout.pipeline_parallel_size": FAULTS,

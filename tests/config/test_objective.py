@@ -4,7 +4,7 @@ from mtnlg.config import ConfigError, DataConfig
 from mtnlg.config.objective import Denoiser, ObjectiveConfig, parse_denoiser
 
 
-def test_lengths_of_span_corruption_are_those_of_t5():
+def test_lengths_are_those_of_t5():
     """568 tokens of text become 512 and 114 (T5's ``random_spans_helper``; both fill their room)."""
     objective = ObjectiveConfig("span_corruption")
     assert objective.text_length(512, has_encoder=True) == 568
@@ -27,7 +27,7 @@ def test_lengths_of_span_corruption_are_those_of_t5():
 @pytest.mark.parametrize("name", ["span_corruption", "prefix_lm", "ul2"])
 @pytest.mark.parametrize("length", [8, 33, 512])
 @pytest.mark.parametrize("target_length", [None, 8])
-def test_every_sample_has_room_and_one_token_more_has_not(name, length, target_length):
+def test_a_sample_has_room_and_no_token_more(name, length, target_length):
     objective = ObjectiveConfig(name, target_length=target_length)
 
     def fits(count: int) -> bool:

@@ -42,7 +42,25 @@ MOE = LLAMA | dict(
     router_aux_loss_coefficient=0.05,
     router_z_loss_coefficient=0.01,
 )
-FAMILIES = {"gpt": GPT, "llama": LLAMA, "moe": MOE}
+T5 = dict(
+    architecture="encoder_decoder",
+    vocab_size=37,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_decoder_layers=2,
+    num_attention_heads=4,
+    head_dim=5,
+    intermediate_size=36,
+    position_embedding="relative",
+    relative_attention_num_buckets=6,
+    relative_attention_max_distance=7,
+    normalization="rmsnorm",
+    activation_function="geglu_tanh",
+    attention_bias=False,
+    mlp_bias=False,
+    init_method_std=0.2,
+)
+FAMILIES = {"gpt": GPT, "llama": LLAMA, "moe": MOE, "t5": T5}
 SEVEN = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]  # tp, pp, dp
 BOUND = 1e-5  # float32: largest gradient difference over the largest gradient
 # Beside one process in float32. bf16 keeps 8 bits of a number and fp16 11.
@@ -60,6 +78,8 @@ class Case:
         model: fields of the model to change.
         layout: fields of the layout besides its sizes.
         documents: whether samples have document boundaries.
+        prefixes: whether a decoder reads a part of each sample at once.
+        target: tokens that an encoder-decoder writes.
         precision, switches: fields of ``PrecisionConfig`` and ``TrainingConfig``.
         micro_batches: of each replica; ``None`` is one for each stage, at least 2.
         rows: sequences of a micro-batch.
@@ -78,6 +98,8 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
     documents: bool = False
+    prefixes: bool = False
+    target: int = 6
     precision: dict[str, Any] = field(default_factory=dict)
     switches: dict[str, Any] = field(default_factory=dict)
     micro_batches: int | None = None
@@ -97,11 +119,11 @@ class Case:
         parts = [self.family, "tied" if self.tied else "untied", self.layout_name]
         changed = {**self.model, **self.layout, **self.precision, **self.switches, **self.adapter}
         parts += [f"{key}={value}" for key, value in changed.items()]
-        usual = {"micro_batches": None, "rows": 2, "sequence": 8}
+        usual = {"micro_batches": None, "rows": 2, "sequence": 8, "target": 6}
         parts += [
             f"{key}={getattr(self, key)}" for key, value in usual.items() if getattr(self, key) != value
         ]
-        return " ".join(parts + ["documents"] * self.documents)
+        return " ".join(parts + ["documents"] * self.documents + ["prefixes"] * self.prefixes)
 
     @property
     def layout_name(self) -> str:
@@ -180,6 +202,8 @@ def compare(
         documents=case.documents,
         micro_batches=case.micro_batches or max(2, case.pipeline),
         replicas=max(2, case.data),
+        prefixes=case.prefixes,
+        target=case.target * (case.family == "t5"),
     )
     references = {} if references is None else references
     key = repr((sorted(model.items()), data, case.adapter))

@@ -97,9 +97,20 @@ def make_batches(
     micro_batches: int,
     replicas: int,
     seed: int = 11,
+    prefixes: bool = False,
+    target: int = 0,
 ) -> list[list[Batch]]:
-    """Micro-batches of each replica: masked labels of unequal counts, documents if asked for."""
+    """Micro-batches of each replica: masked labels of unequal counts, documents if asked for.
+
+    With ``prefixes`` a part of each text is read at once; with a ``target`` the batches are those of an
+    encoder-decoder that writes so many tokens, the sources of unequal lengths.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if target:
+        return [
+            [make_pairs(vocab_size, rows, sequence, target, generator) for _ in range(micro_batches)]
+            for _ in range(replicas)
+        ]
     made = []
     for replica in range(replicas):
         mine = []
@@ -113,9 +124,22 @@ def make_batches(
                 numbers = (torch.arange(sequence) >= boundary).long().expand(rows, -1).clone()
                 batch.document_ids = numbers
                 batch.position_ids = torch.arange(sequence) - numbers * boundary
+            if prefixes:
+                batch.prefix_lengths = torch.randint(0, sequence + 1, (rows,), generator=generator)
             mine.append(batch)
         made.append(mine)
     return made
+
+
+def make_pairs(vocab_size: int, rows: int, source: int, target: int, generator: torch.Generator) -> Batch:
+    """A micro-batch of an encoder-decoder: sources and targets of unequal lengths."""
+    ids = torch.randint(0, vocab_size, (rows, source), generator=generator)
+    written = torch.randint(0, vocab_size, (rows, target + 1), generator=generator)
+    labels = written[:, 1:].clone()
+    lengths = torch.randint(1, target + 1, (rows, 1), generator=generator)
+    labels[torch.arange(target) >= lengths] = IGNORED_LABEL
+    mask = torch.arange(source) < torch.randint(1, source + 1, (rows, 1), generator=generator)
+    return Batch(ids, labels, decoder_input_ids=written[:, :-1].clone(), encoder_mask=mask)
 
 
 def share_of(batches: list[list[Batch]], mesh: Mesh) -> list[Batch]:

@@ -152,7 +152,7 @@ def test_prefixes_end_anywhere(corpora):
     assert len(lengths.unique()) == 64
 
 
-def test_denoisers_of_a_mixture_are_drawn_by_their_weights_and_say_which(corpora):
+def test_denoisers_are_drawn_by_weight_and_say_which(corpora):
     denoisers = ["spans 0.15 3 [NLU] x3", "suffix 0.25 [S2S]"]
     batch = stream(corpora, "ul2", length=128, denoisers=denoisers).batch(0, 2000)
     modes = batch.input_ids[:, 0]
@@ -212,7 +212,7 @@ def test_validation_is_the_same_for_every_seed_and_ends_with_empty_rows(corpora,
         assert batch.encoder_mask.any(dim=1).all(), "an encoder reads something in every row"
 
 
-def test_state_resumes_and_a_changed_objective_is_refused(corpora):
+def test_a_changed_objective_is_refused(corpora):
     state = json.loads(json.dumps(stream(corpora).state(123)))
     assert stream(corpora).check(state) == 123
     with pytest.raises(DataError, match=r"data\.objective was .*span_corruption.*prefix_lm"):

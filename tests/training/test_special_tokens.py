@@ -69,7 +69,7 @@ def test_a_tokenizer_without_them_is_refused_with_a_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["prefix_lm", "span_corruption"])
-def test_a_decoder_learns_by_an_objective_and_goes_on_where_it_stopped(tmp_path, name):
+def test_a_decoder_learns_by_an_objective_and_goes_on(tmp_path, name):
     objective = ObjectiveConfig(name, **IDS)
     config = small_config(tmp_path)
     config = replace(config, data=replace(config.data, objective=objective))

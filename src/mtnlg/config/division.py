@@ -23,9 +23,9 @@ def layers_of_stages(model: MegatronModelConfig, layout: LayoutConfig) -> list[r
     """
     counts = stated_counts(layout)
     if counts is None:
-        costs = [cost_of_layer(model, index) for index in range(model.num_hidden_layers)]
+        costs = [cost_of_layer(model, index) for index in range(model.total_layers)]
         counts = divide_by_cost(costs, layout.num_stages, *costs_of_ends(model))
-    assert len(counts) == layout.num_stages and sum(counts) == model.num_hidden_layers, counts
+    assert len(counts) == layout.num_stages and sum(counts) == model.total_layers, counts
     ends = list(accumulate(counts))
     return [range(end - count, end) for end, count in zip(ends, counts)]
 
@@ -144,14 +144,17 @@ class _Division:
 
 def division_problems(model: MegatronModelConfig, layout: LayoutConfig) -> list[str]:
     """Why the layers cannot be divided as ``layout`` asks; empty when they can."""
-    stages, layers = layout.num_stages, model.num_hidden_layers
+    stages, layers = layout.num_stages, model.total_layers
+    counted = (
+        "model.num_hidden_layers + num_decoder_layers" if model.has_encoder else "model.num_hidden_layers"
+    )
     counts = stated_counts(layout)
     if counts is None:
         if stages <= layers:
             return []
         return [
             f"layout.pipeline_parallel_size is {layout.pipeline_parallel_size}: {_total(layout)} are more "
-            f"stages than model.num_hidden_layers ({layers}). Use fewer, or say in layout.pipeline_layout "
+            f"stages than {counted} ({layers}). Use fewer, or say in layout.pipeline_layout "
             "which stages have no layers ('E|t|t|L': only the first and the last may)."
         ]
     name = f"layout.pipeline_layout is {layout.pipeline_layout!r}"
@@ -159,9 +162,7 @@ def division_problems(model: MegatronModelConfig, layout: LayoutConfig) -> list[
     if len(counts) != stages:
         problems.append(f"{name}: it describes {len(counts)} stages and the layout has {_total(layout)}.")
     if sum(counts) != layers:
-        problems.append(
-            f"{name}: it has {sum(counts)} layers and the model {layers} (model.num_hidden_layers)."
-        )
+        problems.append(f"{name}: it has {sum(counts)} layers and the model {layers} ({counted}).")
     empty = [str(stage) for stage, count in enumerate(counts) if count == 0]
     idle = [stage for stage in empty if stage not in ("0", str(len(counts) - 1))]
     if len(counts) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mtnlg.config.context_rules import context_problems
 from mtnlg.config.data_rules import data_parallel_problems, float8_problems
+from mtnlg.config.encoder_rules import encoder_layout_problems
 from mtnlg.config.expert_rules import expert_layout_problems, has_dense_layers
 from mtnlg.config.layout import LayoutConfig
 from mtnlg.config.model import MegatronModelConfig
@@ -61,4 +62,5 @@ def layout_problems(
     problems += data_parallel_problems(layout)
     problems += float8_problems(layout, model, precision or PrecisionConfig())
     problems += pipeline_problems(layout, model, micro_batches, training or TrainingConfig())
+    problems += encoder_layout_problems(model, layout)
     return problems

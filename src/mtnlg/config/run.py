@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.config.adapter_rules import adapter_problems
+from mtnlg.config.prompt_tuning import prompt_adapter
 from mtnlg.config.data import DataConfig, TokenizerConfig
 from mtnlg.config.errors import ConfigError
 from mtnlg.config.layout import LayoutConfig
 from mtnlg.config.layout_rules import layout_problems
 from mtnlg.config.model import MegatronModelConfig
+from mtnlg.config.objective_rules import objective_problems
 from mtnlg.config.training import (
     BatchConfig,
     CheckpointConfig,
@@ -73,8 +77,24 @@ class RunConfig:
         problems = cross_section_problems(
             self.model, self.data, self.layout, self.batch, self.training, self.precision
         )
+        adapter = self.adapter
+        if adapter is not None:
+            length = self.data.sequence_length
+            problems += adapter_problems(adapter, self.model, self.layout, length, self.training)
         if problems:
             raise ConfigError(problems)
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """What is trained beside weights that stay as they are; ``None`` trains the model itself.
+
+        Prompt tuning that the model's own fields describe is theirs in a tuned run too.
+        """
+        own = prompt_adapter(self.model)
+        if self.tuning is not None and self.tuning.trains_adapter:
+            is_own = own is not None and self.tuning.method == own.method
+            return own if is_own else self.tuning.adapter
+        return own
 
     def to_dict(self) -> dict[str, Any]:
         """The config as nested plain values."""
@@ -108,4 +128,4 @@ def cross_section_problems(
     # Steps of a ramp may have other numbers of micro-batches: they run a schedule that takes any.
     micro_batches = max(1, batch.global_batch_size // (batch.micro_batch_size * replicas))
     problems += layout_problems(layout, model, length, micro_batches, training, precision)
-    return problems
+    return problems + objective_problems(model, data, layout)

@@ -37,6 +37,11 @@ class DecoderLayer(nn.Module):
         return hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
 
     @property
+    def attentions(self) -> list[Attention]:
+        """Every attention of the layer."""
+        return [self.attention]
+
+    @property
     def stream_norms(self) -> list[nn.Module]:
         """The norms that work on the residual stream, or on what is added to it."""
         return [self.attention_norm, self.mlp_norm]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from mtnlg.config import MegatronModelConfig, PrecisionConfig, TrainingConfig
 from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.pipeline_rules import splits_backward
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.config.prompt_tuning import prompt_adapter
+from mtnlg.model import MegatronEncoderDecoder, MegatronLmDecoder
 from mtnlg.parallel.adapters import lay_out_adapter
 from mtnlg.parallel.async_tensor import use_async_tensor_parallel
 from mtnlg.parallel.context import share_context
 from mtnlg.parallel.cpu_kernels import use_cpu_kernels
 from mtnlg.parallel.data import make_memory, shard_over_replicas
 from mtnlg.parallel.dropout import separate_attention_dropout
+from mtnlg.parallel.encoder_decoder import PairStage, cut_pair_stage, separate_pair_dropout, split_pair
 from mtnlg.parallel.expert import divide_experts
 from mtnlg.parallel.float8 import Float8Product, check_float8, use_float8
 from mtnlg.parallel.mesh import Mesh
@@ -45,6 +49,7 @@ def lay_out(
             :func:`~mtnlg.parallel.adapters.start_laid_out_adapter`.
     """
     precision, switches = precision or PrecisionConfig(), switches or TrainingConfig()
+    adapter = adapter or prompt_adapter(config)
     switches.check_device(mesh.device.type)
     check_float8(precision, mesh.device.type)
     stages = [_lay_out_stage(config, mesh, number, precision, switches, adapter) for number in mesh.stages]
@@ -65,12 +70,12 @@ def _lay_out_stage(
     adapter: AdapterConfig | None,
 ) -> Stage:
     """One stage, laid out on the meta device: memory comes when it is known which part is ours."""
-    with torch.device("meta"):
-        decoder = MegatronLmDecoder(config)
-    cut_stage(decoder, mesh.layout, number)
+    decoder = _cut(config, mesh, number)
     float8 = Float8Product() if precision.fp8 else None
     sends_while_multiplying = use_async_tensor_parallel(mesh, switches) and float8 is None
     split_matrices(decoder, mesh, sends_while_multiplying, float8)
+    if isinstance(decoder, MegatronEncoderDecoder):
+        split_pair(decoder, mesh)
     if mesh.device.type == "cpu":
         use_cpu_kernels(
             decoder, is_divided=mesh.tensor_size > 1, runs_once=not splits_backward(mesh.layout)
@@ -84,8 +89,28 @@ def _lay_out_stage(
         lay_out_adapter(decoder, adapter, mesh)
     share_context(decoder, mesh)
     separate_attention_dropout(decoder, mesh)
+    if isinstance(decoder, MegatronEncoderDecoder):
+        separate_pair_dropout(decoder, mesh)
     recompute_activations(decoder, switches, mesh)
-    shards = mesh.tensor_size if mesh.layout.sequence_parallel else 1
-    stage = Stage(decoder, number, shards, shares_context=mesh.context_size > 1)
+    stage = _make_stage(decoder, mesh, number)
     shard_over_replicas(stage, mesh, precision)
     return stage
+
+
+def _cut(config: MegatronModelConfig, mesh: Mesh, number: int) -> MegatronLmDecoder:
+    """What stage ``number`` runs, without memory."""
+    with torch.device("meta"):
+        if not config.has_encoder:
+            decoder = MegatronLmDecoder(config)
+            cut_stage(decoder, mesh.layout, number)
+            return decoder
+        pair = MegatronEncoderDecoder(config)
+    cut_pair_stage(pair, mesh.layout, number)
+    return cast(MegatronLmDecoder, pair)  # what is done to a decoder is done to both of its parts
+
+
+def _make_stage(decoder: MegatronLmDecoder, mesh: Mesh, number: int) -> Stage:
+    shards = mesh.tensor_size if mesh.layout.sequence_parallel else 1
+    if isinstance(decoder, MegatronEncoderDecoder):
+        return PairStage(decoder, number, is_part=mesh.num_stages > 1, sequence_shards=shards)
+    return Stage(decoder, number, shards, shares_context=mesh.context_size > 1)

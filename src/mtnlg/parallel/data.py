@@ -32,6 +32,8 @@ from torch.distributed.fsdp import (
 )
 
 from mtnlg.config import PrecisionConfig
+from mtnlg.model import MegatronEncoderDecoder
+from mtnlg.model.relative import RelativePositions
 from mtnlg.parallel.expert import experts_axes, mixtures, part_experts
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.replicas import Replicas
@@ -107,6 +109,11 @@ def blocks_of(stage: Stage) -> list[nn.Module]:
     """The modules of ``stage`` that run one after the other and hold all its weights."""
     decoder = stage.decoder
     blocks = [decoder.embedding, *decoder.layers.values(), decoder.head]
+    if isinstance(decoder, MegatronEncoderDecoder):
+        positions = (decoder.encoder_positions, decoder.decoder_positions)
+        # Their tables are looked up by themselves, too, to be sent to other stages.
+        blocks += [table.buckets for table in positions if isinstance(table, RelativePositions)]
+        blocks.append(decoder.encoder_end)
     return [block for block in blocks if block is not None]
 
 
@@ -137,12 +144,18 @@ class BackwardCount:
         """A step of ``num_passes`` backward passes begins."""
         self._num_passes, self._passes = num_passes, 0
 
-    def _on_forward(self, stage: nn.Module, inputs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(self._on_backward)
+    def _on_forward(self, stage: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        begun: list[bool] = []  # whichever gradient comes first begins the pass
+        for tensor in outputs:
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._on_backward, begun))
 
-    def _on_backward(self, gradient: Tensor) -> None:
+    def _on_backward(self, begun: list[bool], gradient: Tensor) -> None:
         assert self._root is not None
+        if begun:
+            return
+        begun.append(True)
         self._passes += 1
         is_last = self._passes >= self._num_passes
         self._root.set_is_last_backward(is_last)

@@ -25,8 +25,8 @@ def separate_attention_dropout(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
         return  # with sequence parallelism ranks have random streams of their own anyway
     for layer in decoder.layers.values():
         assert isinstance(layer, DecoderLayer)
-        attention = layer.attention
-        attention.attention_function = with_own_stream(attention.attention_function, mesh.tensor_rank)
+        for attention in layer.attentions:
+            attention.attention_function = with_own_stream(attention.attention_function, mesh.tensor_rank)
 
 
 def with_own_stream(function: Callable[..., Tensor], rank: int) -> Callable[..., Tensor]:

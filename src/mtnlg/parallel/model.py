@@ -15,7 +15,7 @@ from mtnlg.parallel.adapters import with_virtual_tokens
 from mtnlg.parallel.context import part_of_sequence
 from mtnlg.parallel.data import DTYPES, BackwardCount, keep_weights
 from mtnlg.parallel.mesh import Mesh
-from mtnlg.parallel.pipeline import Pipeline
+from mtnlg.parallel.pipeline import Pipeline, first_inputs, stage_options
 from mtnlg.parallel.routing import ExpertLoad, Routing
 from mtnlg.parallel.stage import Stage
 from mtnlg.parallel.weights import TIED_COPY, TIED_ORIGINAL, canonical_name, share_ends
@@ -53,7 +53,7 @@ class ParallelModel:
         self.device = mesh.device
         self._pipeline: Pipeline | None = None
         if mesh.num_stages > 1:
-            self._pipeline = Pipeline(self.stages, mesh, config.hidden_size, dtype)
+            self._pipeline = Pipeline(self.stages, mesh, config, dtype)
         self._routing = Routing(self.stages, config, mesh)
         names = {
             canonical_name(name): item for stage in self.stages for name, item in stage.named_parameters()
@@ -225,9 +225,7 @@ class ParallelModel:
 
     def _loss(self, batch: Batch) -> Tensor:
         (stage,) = self.stages
-        return stage(
-            batch.input_ids, batch.labels, batch.position_ids, batch.document_ids, batch.prefix_lengths
-        )
+        return stage(*first_inputs(batch), **stage_options(batch))
 
     def _refresh(self) -> None:
         if self._keeper is not None:

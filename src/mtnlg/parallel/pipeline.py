@@ -9,6 +9,7 @@ arXiv 2412.19437).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,9 @@ from mtnlg.parallel.stage import Stage
 from mtnlg.tokens.batch import Batch
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+Shapes = tuple[tuple[int, int], ...]  # of the token ids that a micro-batch begins with
 
+FIRST_INPUTS = ("input_ids", "decoder_input_ids")  # of a batch
 _ONE_STAGE: dict[str, type[PipelineScheduleSingle]] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
 _SEVERAL_STAGES: dict[str, type[PipelineScheduleMulti]] = {
     "interleaved_1f1b": ScheduleInterleaved1F1B,
@@ -53,7 +56,7 @@ def cut_stage(decoder: MegatronLmDecoder, layout: LayoutConfig, number: int) -> 
     """Leave in ``decoder`` only what the stage ``number`` runs; no parameter changes its name."""
     config: MegatronModelConfig = decoder.config
     mine = layers_of_stages(config, layout)[number]
-    for index in range(config.num_hidden_layers):
+    for index in range(config.total_layers):
         if index not in mine:
             del decoder.layers[str(index)]
     if number > 0:
@@ -76,13 +79,15 @@ def check_division(stages: Sequence[Stage], config: MegatronModelConfig, mesh: M
     Raises:
         AssertionError: naming what was dropped or doubled.
     """
-    parts = [*(f"layer {index}" for index in range(config.num_hidden_layers)), "embedding", "head"]
+    parts = [f"layer {index}" for index in range(config.total_layers)]
+    ends = ["embedding", "head", "encoder_end"][: 2 + config.has_encoder]
+    parts += ends
     built = torch.zeros(len(parts), dtype=torch.int64, device=mesh.device)
     for stage in stages:
         for index in stage.decoder.layers:
             built[int(index)] += 1
-        built[-2] += stage.decoder.embedding is not None
-        built[-1] += stage.decoder.head is not None
+        for place, name in enumerate(ends, config.total_layers):
+            built[place] += getattr(stage.decoder, name) is not None
     if mesh.pipeline_size > 1:
         dist.all_reduce(built, group=mesh.axis("pipeline").get_group())
     wrong = [f"{part} {count} times" for part, count in zip(parts, built.tolist()) if count != 1]
@@ -125,19 +130,23 @@ class Pipeline:
     Args:
         stages: those that this rank runs, in the order of the model.
         mesh: this rank's place.
-        hidden_size: width of what stages send each other.
-        dtype: of what they send; ``None`` is float32.
+        config: the whole architecture.
+        dtype: of what stages send each other; ``None`` is float32.
     """
 
     def __init__(
-        self, stages: Sequence[Stage], mesh: Mesh, hidden_size: int, dtype: torch.dtype | None = None
+        self,
+        stages: Sequence[Stage],
+        mesh: Mesh,
+        config: MegatronModelConfig,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.stages = list(stages)
         self.mesh = mesh
-        self.hidden_size = hidden_size
+        self.config = config
         self.dtype = dtype or torch.float32
         self.group = mesh.axis("pipeline").get_group()
-        self._schedules: dict[tuple[str, int, int, int], Schedule] = {}
+        self._schedules: dict[tuple[str, int, Shapes], Schedule] = {}
         self._factor = torch.ones((), device=mesh.device)
         # Called when a pass for weights alone has left gradients that no hook of theirs was told of.
         self.after_weights: Callable[[], None] = lambda: None
@@ -158,10 +167,10 @@ class Pipeline:
 
     def _run(self, name: str, batches: Sequence[Batch]) -> Tensor:
         """One schedule from its first to its last micro-batch: the loss with the factor, or zero."""
-        schedule = self._schedule(name, len(batches), *batches[0].input_ids.shape)
+        schedule = self._schedule(name, len(batches), _shapes(batches[0]))
         whole = _concatenate(batches)
-        ids = whole.pop("input_ids")
-        inputs = (ids,) if self.mesh.has_first_stage else ()
+        ids = tuple(whole.pop(name) for name in FIRST_INPUTS if name in whole)
+        inputs = ids if self.mesh.has_first_stage else ()
         losses: list[Tensor] = []
         if self.mesh.has_last_stage:
             schedule.step(*inputs, target=whole["labels"], losses=losses, return_outputs=False, **whole)
@@ -176,40 +185,57 @@ class Pipeline:
         Whatever the schedule, ranks take their stages in the order of the model.
         """
         total = torch.zeros((), device=self.mesh.device)
-        passed: Tensor | None = None  # from one stage of this rank straight to the next
+        passed: tuple[Tensor, ...] | None = None  # from one stage of this rank straight to the next
+        options = stage_options(batch)
+        labels = options.pop("labels")
         for stage in self.stages:
-            inputs = self._input_of(stage.number, batch) if passed is None else passed
+            inputs = self._inputs_of(stage.number, batch) if passed is None else passed
             is_last = stage.number == self.mesh.num_stages - 1
-            labels = batch.labels if is_last else None
-            output = stage(inputs, labels, batch.position_ids, batch.document_ids, batch.prefix_lengths)
+            output = stage(*inputs, labels=labels if is_last else None, **options)
             passed = None
             if is_last:
                 total = output
-            elif (next_rank := self._rank_of(stage.number + 1)) == self.mesh.pipeline_rank:
-                passed = output
+                continue
+            sent = output if isinstance(output, tuple) else (output,)
+            if (next_rank := self._rank_of(stage.number + 1)) == self.mesh.pipeline_rank:
+                passed = sent
             else:
-                dist.send(output.contiguous(), group=self.group, group_dst=next_rank)
+                for tensor in sent:
+                    dist.send(tensor.contiguous(), group=self.group, group_dst=next_rank)
         return total
 
-    def _input_of(self, number: int, batch: Batch) -> Tensor:
-        """Token ids for the first stage, the hidden states of the stage before for any other."""
+    def _inputs_of(self, number: int, batch: Batch) -> tuple[Tensor, ...]:
+        """Token ids for the first stage, what the stage before sends for any other."""
         if number == 0:
-            return batch.input_ids
-        hidden = self._empty_hidden(*batch.input_ids.shape)
-        dist.recv(hidden, group=self.group, group_src=self._rank_of(number - 1))
-        return hidden
+            return first_inputs(batch)
+        messages = self._empty_messages(_shapes(batch))
+        for tensor in messages:
+            dist.recv(tensor, group=self.group, group_src=self._rank_of(number - 1))
+        return messages
 
     def _rank_of(self, number: int) -> int:
         return self.mesh.layout.rank_of_stage(number)
 
-    def _empty_hidden(self, rows: int, columns: int) -> Tensor:
-        """Room for hidden states that cross from stage to stage: [batch, sequence / shards, hidden]."""
-        shards = self.mesh.tensor_size if self.mesh.layout.sequence_parallel else 1
-        shape = (rows, columns // shards, self.hidden_size)
-        return torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
+    def _empty_messages(self, shapes: Shapes) -> tuple[Tensor, ...]:
+        """Room for what crosses from stage to stage: hidden states [batch, sequence / shards, hidden].
 
-    def _schedule(self, name: str, count: int, rows: int, columns: int) -> Schedule:
-        key = (name, count, rows, columns)
+        Stages of an encoder-decoder send those of the source and of the target, and the tables of
+        relative positions [buckets, 2 * heads / ranks] (:mod:`mtnlg.parallel.encoder_decoder`).
+        """
+        config, mesh = self.config, self.mesh
+        shards = mesh.tensor_size if mesh.layout.sequence_parallel else 1
+        sizes = [(rows, columns // shards, config.hidden_size) for rows, columns in shapes]
+        messages = [torch.empty(size, dtype=self.dtype, device=mesh.device) for size in sizes]
+        if config.has_encoder and not config.relative_attention_per_layer:
+            table = (
+                config.relative_attention_num_buckets,
+                2 * config.num_attention_heads // mesh.tensor_size,
+            )
+            messages.append(torch.empty(table, dtype=self.dtype, device=mesh.device))
+        return tuple(messages)
+
+    def _schedule(self, name: str, count: int, shapes: Shapes) -> Schedule:
+        key = (name, count, shapes)
         if key not in self._schedules:
             # Batch-size ramps change the count: keep only what the present one needs.
             self._schedules = {
@@ -217,17 +243,17 @@ class Pipeline:
             } | {key: self._make_schedule(*key)}
         return self._schedules[key]
 
-    def _make_schedule(self, name: str, count: int, rows: int, columns: int) -> Schedule:
-        stages: list[_PipelineStageBase] = [self._make_stage(stage, rows, columns) for stage in self.stages]
+    def _make_schedule(self, name: str, count: int, shapes: Shapes) -> Schedule:
+        stages: list[_PipelineStageBase] = [self._make_stage(stage, shapes) for stage in self.stages]
         # ``scale_grads=False``: the factor is the only owner of gradient scale.
         if name in _ONE_STAGE:
             return _ONE_STAGE[name](stages[0], count, loss_fn=self._scaled_loss, scale_grads=False)
         return _SEVERAL_STAGES[name](stages, count, loss_fn=self._scaled_loss, scale_grads=False)
 
-    def _make_stage(self, stage: Stage, rows: int, columns: int) -> _Stage:
+    def _make_stage(self, stage: Stage, shapes: Shapes) -> _Stage:
         mesh = self.mesh
-        hidden = self._empty_hidden(rows, columns).requires_grad_()
-        ids = torch.empty(rows, columns, dtype=torch.long, device=mesh.device)
+        hidden = tuple(tensor.requires_grad_() for tensor in self._empty_messages(shapes))
+        ids = tuple(torch.empty(shape, dtype=torch.long, device=mesh.device) for shape in shapes)
         loss = torch.empty((), device=mesh.device, requires_grad=True)
         # Shapes are given: torch would otherwise run the first micro-batch once more to learn them.
         return _Stage(
@@ -245,11 +271,26 @@ class Pipeline:
         return output * self._factor
 
 
+def first_inputs(batch: Batch) -> tuple[Tensor, ...]:
+    """What the first stage takes of ``batch``: token ids."""
+    given = [getattr(batch, name) for name in FIRST_INPUTS]
+    return tuple(tensor for tensor in given if tensor is not None)
+
+
+def stage_options(batch: Batch) -> dict[str, Any]:
+    """What every stage takes of ``batch`` by name; the labels too."""
+    return {
+        field.name: value
+        for field in fields(batch)
+        if field.name not in FIRST_INPUTS and (value := getattr(batch, field.name)) is not None
+    }
+
+
+def _shapes(batch: Batch) -> Shapes:
+    return tuple((ids.shape[0], ids.shape[1]) for ids in first_inputs(batch))
+
+
 def _concatenate(batches: Sequence[Batch]) -> dict[str, Any]:
     """The micro-batches one after the other, which is how the schedule cuts them apart again."""
-    joined: dict[str, Any] = {}
-    for name in ("input_ids", "labels", "position_ids", "document_ids", "prefix_lengths"):
-        parts = [getattr(batch, name) for batch in batches]
-        if parts[0] is not None:
-            joined[name] = torch.cat(parts)
-    return joined
+    names = [field.name for field in fields(batches[0]) if getattr(batches[0], field.name) is not None]
+    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}

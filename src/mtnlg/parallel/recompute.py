@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtnlg.config import TrainingConfig
 from mtnlg.model import DecoderLayer, Experts, MegatronLmDecoder
+from mtnlg.model.encoder_decoder import DroppingMlp
 from mtnlg.model.mlp import Mlp
 from mtnlg.parallel import remake
 from mtnlg.parallel.activation_budget import FULL, Budget, Level
@@ -50,6 +51,8 @@ def recompute_activations(decoder: MegatronLmDecoder, switches: TrainingConfig, 
     device = mesh.device
     what = switches.activation_recomputation
     dropout = decoder.config.hidden_dropout > 0 or decoder.config.attention_dropout > 0
+    adapter = getattr(decoder, "adapter", None)
+    dropout = dropout or (adapter is not None and adapter.dropout > 0)
     layers = [layer for layer in decoder.layers.values() if isinstance(layer, DecoderLayer)]
     assert len(layers) == len(decoder.layers)
     if switches.compile:
@@ -74,9 +77,9 @@ def recompute_activations(decoder: MegatronLmDecoder, switches: TrainingConfig, 
 def _compile(layer: DecoderLayer, what: str, keeps_random_state: bool, device: torch.device) -> None:
     """``torch.compile`` the layer by itself: one compilation serves all layers, and names stay."""
     if what == "selective" and device.type == "cpu":
-        attention = layer.attention
-        weights = _checkpoint(attention.attention_function, keeps_random_state)
-        attention.attention_function = torch.compiler.disable(weights)
+        for attention in layer.attentions:
+            weights = _checkpoint(attention.attention_function, keeps_random_state)
+            attention.attention_function = torch.compiler.disable(weights)
     if what == "full":  # inside a compiled layer a checkpoint would keep it from being compiled
         _set(layer, "forward", _checkpoint(torch.compile(layer.forward), keeps_random_state))
     else:
@@ -130,22 +133,24 @@ class _Layer:
 
 def _set_operators(layer: DecoderLayer, keeps_random_state: bool, device: torch.device) -> None:
     """Make the results that may be forgotten known; whether they are is decided in each forward pass."""
-    for norm in (layer.attention_norm, layer.mlp_norm):
+    for norm in layer.stream_norms:
         _set(norm, "forward", partial(remake.result_of, "normalization", norm.forward))
     for block in layer.mlp.modules():
-        if isinstance(block, (Mlp, Experts)):
+        if isinstance(block, (Mlp, Experts)) and not (
+            isinstance(block, DroppingMlp) and keeps_random_state
+        ):
             _set(block, "activate", partial(remake.result_of, "activation", block.activate))
         if isinstance(block, Mlp):  # the experts' own products are computed again by ``full`` only
             for linear in (block.gate, block.up):
                 if linear is not None:
                     _set(linear, "forward", partial(remake.result_of, "linear", linear.forward))
-    attention = layer.attention
-    attend = _checkpoint(_inside(attention.attend), keeps_random_state)
-    _set(attention, "attend", partial(_if_remade, "linear", attend, attention.attend))
-    if device.type == "cpu":  # a GPU's fused kernels never keep the weights
-        weights = _checkpoint(attention.attention_function, keeps_random_state)
-        function = partial(_if_remade, "attention", weights, attention.attention_function)
-        attention.attention_function = function
+    for attention in layer.attentions:
+        attend = _checkpoint(_inside(attention.attend), keeps_random_state)
+        _set(attention, "attend", partial(_if_remade, "linear", attend, attention.attend))
+        if device.type == "cpu":  # a GPU's fused kernels never keep the weights
+            weights = _checkpoint(attention.attention_function, keeps_random_state)
+            function = partial(_if_remade, "attention", weights, attention.attention_function)
+            attention.attention_function = function
 
 
 def _if_remade(operator: str, again: Forward, plain: Forward, *inputs: Any) -> Tensor:

@@ -64,7 +64,8 @@ def split_matrices(
         assert isinstance(layer, DecoderLayer)
         for norm in layer.stream_norms:
             copy_norm(norm, axis, axis.stream_gradient)
-        split_attention(layer.attention, decoder.config, axis, layer_product or product)
+        for attention in layer.attentions:
+            split_attention(attention, decoder.config, axis, layer_product or product)
         if isinstance(layer.mlp, Mlp):
             split_mlp(layer.mlp, axis, layer_product or product)
     if decoder.head is not None:
