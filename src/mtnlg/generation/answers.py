@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mtnlg.config import MegatronModelConfig
+from mtnlg.config import ConfigError, MegatronModelConfig
+from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.beam import beam_search
 from mtnlg.generation.contrastive import contrastive_search
@@ -59,10 +60,19 @@ def answer(
         prompts = prompts.as_sources(model.config)
     elif prompts.texts is not None and tokenizer is not None and options.get("start_of_document", True):
         start = start_ids(tokenizer, model.config.vocab_size)
+    adapter: AdapterConfig | None = getattr(model, "adapter", None)
+    if adapter is not None and prompts.texts is not None and tokenizer is not None:
+        around = [f"{adapter.prefix}{text}{adapter.suffix}" for text in prompts.texts]
+        prompts.rows = [tokenizer.encode(text) for text in around]
     rows = [start + row for row in prompts.rows]
     ends = _end_ids(options, tokenizer, model.config)
     constraint = constraint_for(options, tokenizer, model.config.vocab_size, ends)
     search = search_options(options, wanted)
+    if search is not None and adapter is not None and adapter.num_positions:
+        raise ConfigError(
+            "num_beams and penalty_alpha: a model with virtual tokens is not searched; sample, or take the "
+            "most likely token."
+        )
     drawn = 1 if search is not None else drawn
     requests = requests_for(rows, options, ends, len(start), drawn, constraint)
     decode = None if tokenizer is None else tokenizer.decode
@@ -91,10 +101,11 @@ def search_one(engine: Engine, request: GenerationRequest, options: SearchOption
     """
     request = engine.with_source(request)
     max_length = engine.check(request)
+    access = engine.access_for(request)
     if options.penalty_alpha is not None:
-        results = [contrastive_search(engine.exclusively, request, options, max_length)]
+        results = [contrastive_search(access, request, options, max_length)]
     else:
-        results = beam_search(engine.exclusively, request, options, max_length)
+        results = beam_search(access, request, options, max_length)
     found = []
     for result in results:
         generation = Generation(request)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtnlg.generation.compiling import compiled
 from mtnlg.config.errors import ConfigError
+from mtnlg.generation.compiling import compiled
 from mtnlg.generation.paged_attention import PagePool, attend_pages, attend_step
 
 Kernel = Callable[..., Tensor]
@@ -109,8 +109,8 @@ class AttentionKernel:
             if is_wanted and lacks_compiler(error):
                 raise ConfigError(
                     "compile is on, and torch.compile finds no compiler that works here: "
-                    f"{str(error).splitlines()[0]}. Install one (g++ for a CPU, Triton for a GPU), or leave "
-                    "it at auto or off."
+                    f"{str(error).splitlines()[0]}. Install one (g++ for a CPU, Triton for a GPU), or "
+                    "leave it at auto or off."
                 ) from error
             if is_wanted:
                 raise

@@ -21,22 +21,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mtnlg.config.errors import MtnlgError
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.config.errors import ConfigError, MtnlgError
 from mtnlg.config.generation import EngineConfig
+from mtnlg.generation.adapters import AdapterShelf
 from mtnlg.generation.checks import check_request
 from mtnlg.generation.choose_runner import make_runner
 from mtnlg.generation.encoder_decoder_runner import EncoderDecoderRunner
 from mtnlg.generation.locks import FairLock
 from mtnlg.generation.pages import PageBooks
 from mtnlg.generation.request import FinishReason, Generation, GenerationRequest, TokenEvent
-from mtnlg.generation.runner import Runner
+from mtnlg.generation.runner import Runner, RunnerWithAdapter
 from mtnlg.generation.sampler import SamplingState
 from mtnlg.generation.scheduler import Drafter, Running, Scheduler
+from mtnlg.generation.search import Access
 from mtnlg.generation.speculation import make_drafter
 from mtnlg.generation.statistics import EngineStatistics
 from mtnlg.generation.step import Stepper
 from mtnlg.generation.text import TextStream
+from mtnlg.generation.virtual_tokens import longest_text, refuse_with_virtual_tokens
 from mtnlg.model import LanguageModel, MegatronLmDecoder
+from mtnlg.model.virtual_tokens import prompt_with_virtual
 
 Decode = Callable[[list[int]], str]
 LOG = logging.getLogger(__name__)
@@ -68,6 +73,9 @@ class Engine:
         draft_model: a small model that guesses; ``None`` is the model's own ``draft_model``, if any.
         use_cache: keep keys and values; ``None`` is the model's config's.
 
+    Attributes:
+        adapters: those that requests may name.
+
     Raises:
         ConfigError: the settings do not fit the model or the machine.
     """
@@ -89,7 +97,10 @@ class Engine:
         draft_model = draft_model or getattr(model, "draft_model", None)
         drafter = drafter or make_drafter(self.config, runner.vocab_size, draft_model)
         capacity = runner.num_pages * runner.page_size
-        self.max_length = min(runner.max_length, capacity)  # of prompt and continuation
+        # Whose virtual tokens stand with every text.
+        self._adapter: AdapterConfig | None = getattr(model, "adapter", None)
+        self.max_length = longest_text(self._adapter, min(runner.max_length, capacity))
+        self.adapters = AdapterShelf(model, getattr(runner, "takes_adapters", False))
         self.statistics = EngineStatistics(cache_capacity=capacity)
         self._scheduler = Scheduler(
             PageBooks(runner.num_pages, runner.page_size),
@@ -151,8 +162,12 @@ class Engine:
         Raises:
             ConfigError: it cannot be answered; all that is wrong with it is named.
         """
+        loaded = self.adapters.get(request.adapter)
+        config = self._adapter if loaded is None else loaded.adapter.config
+        refuse_with_virtual_tokens(config, request)
         request = self.with_source(request)
-        return check_request(request, self.runner.vocab_size, self.max_length, self.decode is not None)
+        longest = self.max_length if loaded is None else longest_text(config, self.max_length)
+        return check_request(request, self.runner.vocab_size, longest, self.decode is not None)
 
     def with_source(self, request: GenerationRequest) -> GenerationRequest:
         """As the model takes it: an encoder-decoder reads the prompt and begins a text of its own."""
@@ -169,7 +184,13 @@ class Engine:
                 self.decode, request.prompt_ids, request.stop, request.include_stop, request.min_new_tokens
             )
         state = SamplingState.of_request(request)
-        return Running(generation, max_length, state, text, time.monotonic(), ids=list(request.prompt_ids))
+        ids = list(request.prompt_ids)
+        loaded = self.adapters.get(request.adapter)
+        config = self._adapter if loaded is None else loaded.adapter.config
+        if config is not None:
+            ids = prompt_with_virtual(ids, config, self.runner.vocab_size)
+        max_length += len(ids) - len(request.prompt_ids)
+        return Running(generation, max_length, state, text, time.monotonic(), ids=ids, adapter=loaded)
 
     def _refuse_if_full(self) -> None:
         if self._refusal is not None:
@@ -220,6 +241,28 @@ class Engine:
         """
         with self._stepping, torch.inference_mode():
             yield self.runner, self._scheduler.books
+
+    def access_for(self, request: GenerationRequest) -> Access:
+        """What :meth:`exclusively` gives, with the request's adapter in every row.
+
+        Raises:
+            ConfigError: its adapter has virtual tokens, with which nothing is searched.
+        """
+        loaded = self.adapters.get(request.adapter)
+        if loaded is None:
+            return self.exclusively
+        if loaded.num_virtual:
+            raise ConfigError(
+                f"adapter {loaded.name!r} has virtual tokens: beam and contrastive search do not go with "
+                "them. Sample, or go on greedily."
+            )
+
+        @contextmanager
+        def access() -> Iterator[tuple[Runner, PageBooks]]:
+            with self.exclusively() as (runner, books):
+                yield RunnerWithAdapter(runner, loaded), books
+
+        return access
 
     def _cancel(self, generation: Generation) -> None:
         with self._wake:

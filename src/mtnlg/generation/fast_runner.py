@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
 from mtnlg.generation.linears import fewest_rows
+from mtnlg.generation.mixed_adapters import AdapterMixer
 from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared import PreparedDecoder
 from mtnlg.generation.quantized_linears import have_kernel_for
@@ -50,6 +51,7 @@ class FastRunner:
         self.vocab_size, self.max_length = config.vocab_size, config.max_position_embeddings
         self.device, self.dtype = parameter.device, dtype or parameter.dtype
         self.is_invariant = deterministic
+        self.takes_adapters = True
         has_integers = compile != "off" and have_kernel_for(model)
         self._fewest = 1 if has_integers else fewest_rows(self.device, self.dtype)
         heads, size = config.key_value_heads, config.head_size
@@ -73,6 +75,7 @@ class FastRunner:
         Keys and values that pages hold were computed with the old ones: forget them too.
         """
         was_compiled = self._has_row_kernels
+        self._mixer: AdapterMixer | None = None  # made when the first adapter comes
         self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._keeps_rows)
         self._has_row_kernels = False
         if was_compiled:
@@ -124,10 +127,22 @@ class FastRunner:
     def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
         plan = plan_step(rows, self.page_size, self._fewest_of(rows), self.is_invariant, self.device)
 
+        mixer = self._mix(rows, plan)
+
         def attend(layer: int, projected: Tensor) -> Tensor:
+            if mixer is not None:
+                mixer.put_prefixes(layer, projected)
             return attend_rows(plan, self.kernel, self._pools[layer], projected)
 
         return plan, self._decoder.hidden(plan.ids, plan.positions, attend)
+
+    def _mix(self, rows: Sequence[Row], plan: StepPlan) -> AdapterMixer | None:
+        """Have the weights follow the rows' adapters."""
+        if self._mixer is None and any(row.adapter is not None for row in rows):
+            self._mixer = AdapterMixer(self._decoder, self.model, self.is_invariant)
+        if self._mixer is not None:
+            self._mixer.begin(rows, plan)
+        return self._mixer
 
 
 def attend_rows(plan: StepPlan, kernel: AttentionKernel, pool: PagePool, projected: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-# What makes a page's content: the page before it (its serial number, 0 for none) and its tokens. Tokens
+# What makes a page's content: the page before it (its serial number; for a text's first page 0, or a
+# negative number for each adapter that it was computed with) and its tokens. Tokens
 # themselves and not a hash of them, so that no two texts can ever be taken for each other.
 Key = tuple[int, tuple[int, ...]]
 
@@ -73,10 +74,10 @@ class PageBooks:
 
     # -- beginnings that are kept
 
-    def find(self, contents: Iterable[tuple[int, ...]]) -> list[int]:
+    def find(self, contents: Iterable[tuple[int, ...]], root: int = 0) -> list[int]:
         """Hold the pages that begin with these tokens, as many as are kept in a row from the first."""
         found: list[int] = []
-        serial = 0
+        serial = root
         for tokens in contents:
             page = self._page_of.get((serial, tokens))
             if page is None:
@@ -88,9 +89,9 @@ class PageBooks:
             found.append(page)
         return found
 
-    def count(self, contents: Iterable[tuple[int, ...]]) -> int:
+    def count(self, contents: Iterable[tuple[int, ...]], root: int = 0) -> int:
         """How many pages :meth:`find` would find."""
-        serial = number = 0
+        serial, number = root, 0
         for number, tokens in enumerate(contents, start=1):
             page = self._page_of.get((serial, tokens))
             if page is None:
@@ -98,19 +99,20 @@ class PageBooks:
             serial = self._filed[page][0]
         return number
 
-    def file(self, page: int, before: int | None, tokens: tuple[int, ...]) -> int:
+    def file(self, page: int, before: int | None, tokens: tuple[int, ...], root: int = 0) -> int:
         """Keep a page that is full now.
 
         Args:
             page: the page; its holder holds it once.
             before: the page before it, as this method returned it; ``None`` for a text's first.
             tokens: its content.
+            root: 0, or another number for each way in which the same tokens have other keys and values.
 
         Returns:
             The page to hold from now on: another one where that content was kept already.
         """
         if before is None:
-            serial = 0
+            serial = root
         elif before in self._filed:
             serial = self._filed[before][0]
         else:  # what comes before is not kept (it was forgotten), so nobody could find this one

@@ -267,9 +267,13 @@ class PreparedDecoder:
             layer.compile_rows()
         self.output.compile_row()
 
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Embeddings of tokens: [tokens] → [tokens, hidden]"""
+        return self.tokens[ids].to(self.dtype)
+
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """After the last layer, before the final norm: [tokens] → [tokens, hidden]"""
-        hidden = self.tokens[ids].to(self.dtype)
+        hidden = self.look_up(ids)
         if self.positions is not None:
             hidden = hidden + self.positions[positions].to(self.dtype)
         rotation = None

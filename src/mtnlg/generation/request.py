@@ -46,6 +46,8 @@ class GenerationRequest:
             generated.
         source_ids: what an encoder-decoder reads; ``prompt_ids`` is then how the decoder's text begins.
             The engine makes it of a request without one: the prompt is the source.
+        adapter: name of an adapter that the engine has loaded (:meth:`Engine.add_adapter`); its virtual
+            tokens are put into the prompt by the engine.
     """
 
     prompt_ids: Sequence[int]
@@ -63,6 +65,7 @@ class GenerationRequest:
     stream: int = 0
     hidden: bool = False
     source_ids: tuple[int, ...] | None = None
+    adapter: str | None = None
 
     @property
     def given_ids(self) -> Sequence[int]:

@@ -8,12 +8,13 @@ is also the reference that faster ones are tested against.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mtnlg.generation.adapters import LoadedAdapter, OneAtATime
 from mtnlg.model import MegatronLmDecoder
 
 PAGE_SIZE = 16  # tokens
@@ -30,6 +31,7 @@ class Row:
             only tokens before ``start`` may be shared with other rows and are not written.
         num_logits: of how many of the last new tokens the logits are wanted; 0 is none.
         source: what an encoder-decoder's encoder reads.
+        adapter: what the model is changed by for this row; its virtual tokens are among ``ids``.
     """
 
     ids: Sequence[int]
@@ -37,6 +39,7 @@ class Row:
     pages: Sequence[int]
     num_logits: int = 1
     source: tuple[int, ...] | None = None
+    adapter: LoadedAdapter | None = None
 
 
 class Runner(Protocol):
@@ -60,6 +63,31 @@ class Runner(Protocol):
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Let each target page hold what its source page holds: a sequence goes on in two ways."""
+
+
+class RunnerWithAdapter:
+    """A runner all of whose rows have one adapter (:class:`Runner`).
+
+    Args:
+        runner: does the work.
+        loaded: the adapter; without virtual tokens.
+    """
+
+    takes_adapters = False
+
+    def __init__(self, runner: Runner, loaded: LoadedAdapter) -> None:
+        self._runner, self._loaded = runner, loaded
+        self.num_pages, self.page_size = runner.num_pages, runner.page_size
+        self.vocab_size, self.max_length = runner.vocab_size, runner.max_length
+        self.is_invariant, self.copy_pages = runner.is_invariant, runner.copy_pages
+
+    def run(self, rows: Sequence[Row]) -> Tensor:
+        """See :class:`Runner`."""
+        return self._runner.run([replace(row, adapter=self._loaded) for row in rows])
+
+    def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
+        """See :class:`Runner`."""
+        return self._runner.hidden([replace(row, adapter=self._loaded) for row in rows])
 
 
 class PagedKeyValues:
@@ -101,8 +129,10 @@ class PlainRunner:
     """
 
     is_invariant = False
+    takes_adapters = True
 
     def __init__(self, model: MegatronLmDecoder, num_pages: int, page_size: int = PAGE_SIZE) -> None:
+        self._adapters = OneAtATime(model)
         self.model, self.num_pages, self.page_size = model, num_pages, page_size
         config = model.config
         self.vocab_size, self.max_length = config.vocab_size, config.max_position_embeddings
@@ -118,7 +148,8 @@ class PlainRunner:
         logits = []
         for row in rows:
             ids = torch.tensor([list(row.ids)], device=next(self.model.parameters()).device)
-            output = self.model(ids, cache=PagedKeyValues(self._keys, self._values, row))
+            with self._adapters.applied(row.adapter):
+                output = self.model(ids, cache=PagedKeyValues(self._keys, self._values, row))
             assert output.logits is not None
             logits.append(output.logits[0, len(row.ids) - row.num_logits :].float())
         return torch.cat(logits)
@@ -131,7 +162,8 @@ class PlainRunner:
             ids = torch.tensor([list(row.ids)], device=next(self.model.parameters()).device)
             head, self.model.head = self.model.head, None
             try:
-                output = self.model(ids, cache=PagedKeyValues(self._keys, self._values, row))
+                with self._adapters.applied(row.adapter):
+                    output = self.model(ids, cache=PagedKeyValues(self._keys, self._values, row))
             finally:
                 self.model.head = head
             assert output.hidden is not None and head is not None

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.pages import PageBooks
 from mtnlg.generation.request import Generation
 from mtnlg.generation.runner import Row
@@ -33,6 +34,7 @@ class Running:
         is_running: whether it has a place in the batch.
         has_run: whether it ever had one.
         hidden: its hidden states so far, where it asks for them.
+        adapter: what the model is changed by for it; its virtual tokens are among ``ids``.
     """
 
     generation: Generation
@@ -48,6 +50,12 @@ class Running:
     has_run: bool = False
     last_token_at: float = 0.0
     hidden: list[Tensor] = field(default_factory=list)
+    adapter: LoadedAdapter | None = None
+
+    @property
+    def root(self) -> int:
+        """Whose beginnings of texts it can share: those computed with the same adapter."""
+        return 0 if self.adapter is None else -self.adapter.serial
 
     @property
     def num_prompt(self) -> int:
@@ -206,7 +214,8 @@ class Scheduler:
         busy = [other for other in self.running if other.num_held < other.num_prompt]
         if not busy:
             return False
-        known = self.books.count(self._contents(entry)) * self.books.page_size // self._unit * self._unit
+        num_pages = self.books.count(self._contents(entry), entry.root)
+        known = num_pages * self.books.page_size // self._unit * self._unit
         end = known + self._unit
         if end > len(entry.ids) - 1:
             return False
@@ -214,13 +223,14 @@ class Scheduler:
         return any(
             known <= other.num_held < end <= self._num_shareable(other) and other.ids[:end] == wanted
             for other in busy
+            if other.adapter is entry.adapter
         )
 
     def _find_room(self, entry: Running) -> bool:
         books = self.books
         found: list[int] = []
         if self._keep and not entry.needs_every_token:
-            found = books.find(self._contents(entry))
+            found = books.find(self._contents(entry), entry.root)
             whole = len(found) * books.page_size // self._unit * self._unit // books.page_size
             books.give_back(found[whole:])
             found = found[:whole]
@@ -277,6 +287,8 @@ class Scheduler:
             entry, row = share.entry, share.row
             if not row.num_logits or entry.generation.request.hidden:
                 continue
+            if entry.adapter is not None and entry.adapter.num_virtual:
+                continue  # its ids are not those of a text, and no draft model knows them
             room = min(len(draft.tokens), entry.max_length - len(entry.ids) - 1)
             missing = self.books.pages_for(len(entry.ids) + room) - len(entry.pages)
             if missing > 0:  # nobody loses a place for a guess
@@ -331,7 +343,7 @@ class Scheduler:
     def _share(self, entry: Running, count: int) -> Share:
         start = entry.num_held
         source = entry.generation.request.source_ids
-        row = Row(entry.ids[start : start + count], start, entry.pages, 0, source)
+        row = Row(entry.ids[start : start + count], start, entry.pages, 0, source, entry.adapter)
         if entry.wants_prompt_scores:
             row.num_logits = count
         elif start + count == len(entry.ids):
@@ -351,5 +363,5 @@ class Scheduler:
             place = entry.num_filed
             before = entry.pages[place - 1] if place else None
             tokens = tuple(entry.ids[place * size : (place + 1) * size])
-            entry.pages[place] = self.books.file(entry.pages[place], before, tokens)
+            entry.pages[place] = self.books.file(entry.pages[place], before, tokens, entry.root)
             entry.num_filed += 1

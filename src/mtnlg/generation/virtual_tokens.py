@@ -1,4 +1,4 @@
-"""Requests to a model with virtual tokens: the engine reads them with each prompt, nobody else sees them."""
+"""Requests to a model with virtual tokens: the engine reads them with each prompt, nobody sees them."""
 
 from __future__ import annotations
 
