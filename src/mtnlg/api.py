@@ -23,10 +23,17 @@ from mtnlg.interop import write_hugging_face
 from mtnlg.interop.adapter import Adapter, adapter_of, load_adapter
 from mtnlg.interop.fingerprint import check_base, fingerprint_of
 from mtnlg.interop.peft import read_adapter, write_adapter
+from mtnlg.interop.quantized import write_quantized
 from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
 from mtnlg.model import MegatronLmDecoder, NoInitialization, initialize_weights
 from mtnlg.model.adapters import merge_low_rank, put_adapter, start_adapter, take_out_adapter
-from mtnlg.quantization import codes_of_weights, converted, num_quantized, quantize_model
+from mtnlg.quantization import (
+    codes_of_weights,
+    converted,
+    num_quantized,
+    quantize_model,
+    quantized_linears,
+)
 from mtnlg.tokens import Tokenizer
 
 if TYPE_CHECKING:
@@ -100,8 +107,8 @@ class MegatronLmModel(MegatronLmDecoder):
 
         Args:
             name_or_path: the folder of a run (its newest whole checkpoint), one checkpoint, a Hugging
-                Face folder or an adapter's with its base (GPT-2, Llama, Qwen2, Qwen3, Mixtral, Qwen3-MoE, GLM-4-MoE), or a name on the
-                Hugging Face hub.
+                Face folder (GPT-2, Llama, Qwen2, Qwen3, Mixtral, Qwen3-MoE, GLM-4-MoE), a name on the
+                Hugging Face hub, or an adapter's folder, which names its base.
             device: where to put the weights.
             dtype: convert the weights to it; ``None`` keeps how they were saved.
             quantize: round the matrices to few bits: ``True``, or the fields of a
@@ -137,6 +144,9 @@ class MegatronLmModel(MegatronLmDecoder):
     ) -> None:
         """Write a Hugging Face folder that transformers, vLLM and :meth:`from_pretrained` load.
 
+        A quantized model is written as compressed-tensors, where its family can be, or else in a form of
+        our own that :meth:`from_pretrained` alone reads (:mod:`mtnlg.interop.quantized`).
+
         Args:
             path: the folder; weights of an earlier save there are replaced.
             dtype: of the saved weights; ``None`` keeps the model's.
@@ -148,11 +158,12 @@ class MegatronLmModel(MegatronLmDecoder):
         """
         if self.adapter is not None:
             raise ConfigError(
-                "the model has an adapter: merge_adapter() makes it part of the weights (lora), save_adapter() "
-                "writes it by itself."
+                "the model has an adapter: merge_adapter() makes it part of the weights (lora), "
+                "save_adapter() writes it by itself."
             )
         tokenizer = self.tokenizer
-        write_hugging_face(
+        write = write_quantized if quantized_linears(self) else write_hugging_face
+        write(
             self,
             Path(path),
             end_of_text_id=end_id(tokenizer),
@@ -225,8 +236,8 @@ class MegatronLmModel(MegatronLmDecoder):
         if config.init_text and not self.is_meta:
             if self.tokenizer is None:
                 raise ConfigError(
-                    f"the virtual tokens are to begin as {config.init_text!r}, which takes a tokenizer: give "
-                    "MegatronLmModel one, or leave init_text empty."
+                    f"the virtual tokens are to begin as {config.init_text!r}, which takes a tokenizer: "
+                    "give MegatronLmModel one, or leave init_text empty."
                 )
             text_ids = self.tokenizer.encode(config.init_text)
         put_adapter(self, config)

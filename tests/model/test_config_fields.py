@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mtnlg.config import ConfigError, MegatronModelConfig, NotYetError
+from mtnlg.config import ConfigError, MegatronModelConfig
 from mtnlg.model import MegatronLmDecoder
 
 IDS = torch.randint(0, 53, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -169,20 +169,6 @@ def test_the_cache_and_layout_fields_change_no_number(make_model):
     plain = make_model().eval()(IDS).logits
     fields = dict(use_cache=False, parallel_output=False, pre_process_first=False, post_process_last=False)
     assert torch.equal(make_model(**fields).eval()(IDS).logits, plain)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        dict(prompt_tuning=True),
-        dict(prompt_tuning_num_tokens=8),
-        dict(prompt_tuning_prompt_style="prepend"),
-        dict(prompt_tuning_prompt_style_args_keys=["prefix"]),
-    ],
-)
-def test_what_is_not_there_yet_says_so(fields):
-    with pytest.raises(NotYetError, match=r"not implemented yet"):
-        MegatronModelConfig(**fields)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,11 @@ class AdapterConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     @property
+    def longest_text(self) -> int | None:
+        """Most tokens of a text that ``max_seq_length`` leaves room for; ``None`` where it says nothing."""
+        return None if self.max_seq_length is None else self.max_seq_length - self.num_positions
+
+    @property
     def num_positions(self) -> int:
         """Positions that virtual tokens take from the text."""
         return 0 if self.method == "lora" else self.num_virtual_tokens

@@ -68,7 +68,8 @@ class MegatronModelConfig:
         prompt_tuning_prompt_style_args_type: how keys and values below are read: ``dict`` (``None``), each
             value under its key; ``list``, values alone, prefix first.
         prompt_tuning_prompt_style_args_keys: names of the values that follow.
-        prompt_tuning_prompt_style_args_values: the texts; they win over ``prompt_tuning_prompt_style_args``.
+        prompt_tuning_prompt_style_args_values: the texts; they win over those of
+            ``prompt_tuning_prompt_style_args``.
         num_key_value_heads: heads of keys and values (grouped-query attention); ``None`` is one for
             each query head.
         head_dim: size of one head; ``None`` is ``hidden_size / num_attention_heads``.

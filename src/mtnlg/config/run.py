@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.adapter_rules import adapter_problems
-from mtnlg.config.prompt_tuning import prompt_adapter
 from mtnlg.config.data import DataConfig, TokenizerConfig
 from mtnlg.config.errors import ConfigError
 from mtnlg.config.layout import LayoutConfig
 from mtnlg.config.layout_rules import layout_problems
 from mtnlg.config.model import MegatronModelConfig
 from mtnlg.config.objective_rules import objective_problems
+from mtnlg.config.prompt_tuning import prompt_adapter
 from mtnlg.config.training import (
     BatchConfig,
     CheckpointConfig,
@@ -74,27 +74,32 @@ class RunConfig:
     tuning: TuningConfig | None = None
 
     def __post_init__(self) -> None:
+        own = prompt_adapter(self.model)
+        if own is not None and self.tuning is not None and self.tuning.method == own.method:
+            self.tuning = replace(self.tuning, adapter=own)  # the model's own fields say what is trained
         problems = cross_section_problems(
             self.model, self.data, self.layout, self.batch, self.training, self.precision
         )
         adapter = self.adapter
         if adapter is not None:
             length = self.data.sequence_length
+            if self.tuning is not None:  # which cuts conversations to what there is room for
+                length = min(length, adapter.longest_text or length)
+            elif adapter.longest_text is not None and length > adapter.longest_text:
+                problems.append(
+                    f"data.sequence_length is {length}: model.prompt_tuning_max_seq_length leaves "
+                    f"{adapter.longest_text} tokens for text."
+                )
             problems += adapter_problems(adapter, self.model, self.layout, length, self.training)
         if problems:
             raise ConfigError(problems)
 
     @property
     def adapter(self) -> AdapterConfig | None:
-        """What is trained beside weights that stay as they are; ``None`` trains the model itself.
-
-        Prompt tuning that the model's own fields describe is theirs in a tuned run too.
-        """
-        own = prompt_adapter(self.model)
+        """What is trained beside weights that stay as they are; ``None`` trains the model itself."""
         if self.tuning is not None and self.tuning.trains_adapter:
-            is_own = own is not None and self.tuning.method == own.method
-            return own if is_own else self.tuning.adapter
-        return own
+            return self.tuning.adapter
+        return prompt_adapter(self.model)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as nested plain values."""

@@ -46,6 +46,11 @@ def is_of_adapter(name: str) -> bool:
     return name == PROMPT_NAME or name.endswith(_ENDINGS)
 
 
+def is_of_virtual(name: str) -> bool:
+    """Whether it is a virtual token's: an embedding, or keys and values of a prefix."""
+    return name == PROMPT_NAME or ".prefix." in name
+
+
 def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig, inserts: bool = True) -> None:
     """Add what ``config`` describes to ``decoder`` or a stage of it; the values come after.
 

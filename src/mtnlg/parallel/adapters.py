@@ -19,8 +19,6 @@ from torch.distributed.tensor import Partial
 
 from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.errors import ConfigError
-from mtnlg.config.layout import LayoutConfig
-from mtnlg.config.model import MegatronModelConfig
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.model.adapters import (
     PROMPT_NAME,
@@ -48,43 +46,6 @@ from mtnlg.tokens.batch import Batch
 
 if TYPE_CHECKING:
     from mtnlg.parallel.model import ParallelModel
-
-
-def adapter_problems(
-    config: AdapterConfig, model: MegatronModelConfig, layout: LayoutConfig, sequence_length: int
-) -> list[str]:
-    """Every reason why a laid-out model cannot have this adapter; empty when it can.
-
-    Args:
-        config: the adapter.
-        model: the architecture.
-        layout: how it is divided.
-        sequence_length: tokens of one sample, without virtual ones.
-    """
-    problems = []
-    longest = sequence_length + config.num_positions
-    if longest > model.max_position_embeddings:
-        problems.append(
-            f"data.sequence_length is {sequence_length}: with {config.num_positions} virtual tokens a "
-            f"sample has {longest}, and the model {model.max_position_embeddings} positions."
-        )
-    if config.num_positions and layout.context_parallel_size > 1:
-        problems.append(
-            f"layout.context_parallel_size is {layout.context_parallel_size}: virtual tokens are seen by "
-            "all of a sequence, which ranks cannot share then; use lora, or 1."
-        )
-    tensor = layout.tensor_parallel_size
-    if config.num_positions and tensor > 1 and layout.sequence_parallel and longest % tensor:
-        problems.append(
-            f"num_virtual_tokens is {config.num_positions}: with layout.sequence_parallel, samples of "
-            f"{longest} tokens must be divisible by layout.tensor_parallel_size ({tensor})."
-        )
-    if model.quantize and tensor > 1:
-        problems.append(
-            f"layout.tensor_parallel_size is {tensor}: quantized weights below an adapter are not "
-            "divided; use pipeline or data parallelism."
-        )
-    return problems
 
 
 def lay_out_adapter(decoder: MegatronLmDecoder, config: AdapterConfig, mesh: Mesh) -> None:

@@ -15,12 +15,19 @@ from mtnlg.config import CheckpointError, MegatronModelConfig
 from mtnlg.interop import (
     fetch_from_hub,
     looks_like_hub_name,
+    open_foreign,
     read_config,
     read_weights,
     stream_weights,
 )
 from mtnlg.interop.adapter import Adapter
 from mtnlg.interop.peft import base_name, is_adapter
+from mtnlg.interop.quantized import (
+    quantization_of,
+    read_quantized,
+    read_quantized_config,
+    stream_quantized,
+)
 from mtnlg.tokens import Tokenizer
 from mtnlg.training.adapter_files import with_adapter
 from mtnlg.training.saved_run import is_checkpoint, is_run, open_checkpoint, open_run
@@ -63,11 +70,18 @@ def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
         return ModelFiles(saved.config, tokenizer, saved.read_weights, saved.stream_weights)
     if is_adapter(folder):
         return with_adapter(_open_base(folder), folder)
+    if not any(folder.glob("*.safetensors")) and (foreign := open_foreign(folder)) is not None:
+        return ModelFiles(foreign.config, _read_tokenizer(folder), foreign.read, foreign.stream)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: neither a run (config.yaml, checkpoints/) nor a checkpoint (state.json, weights/) "
-            "nor a Hugging Face folder (config.json) nor an adapter's (adapter_config.json)."
+            "nor a Hugging Face folder (config.json) nor an adapter's (adapter_config.json) "
+            "nor a checkpoint of Megatron-LM or DeepSpeed."
         )
+    if quantization_of(folder) is not None:
+        config = read_quantized_config(folder)
+        read, stream = partial(read_quantized, folder, config), partial(stream_quantized, folder, config)
+        return ModelFiles(config, _read_tokenizer(folder), read, stream)
     config = read_config(folder)
     read, stream = partial(read_weights, folder, config), partial(stream_weights, folder, config)
     return ModelFiles(config, _read_tokenizer(folder), read, stream)

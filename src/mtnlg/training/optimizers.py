@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from mtnlg.config import OptimizerConfig
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.model.adapters import is_of_virtual
 from mtnlg.parallel.weights import local_slice, whole_tensor
 from mtnlg.parallel.working_copy import like
 from mtnlg.training.muon import orthogonalize, rate_factor, update_direction
@@ -28,6 +30,8 @@ class Group:
     Args:
         rule: ``adamw`` or ``muon``.
         weight_decay: decoupled weight decay.
+        rate: of the learning rate.
+        every: gradients are averaged over so many steps before the parameters change.
         names: canonical names.
         parameters: the parameters of these names, DTensors or plain.
         state: per kind of state, one local tensor for each parameter.
@@ -35,6 +39,8 @@ class Group:
 
     rule: str
     weight_decay: float
+    rate: float = 1.0
+    every: int = 1
     names: list[str] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
     state: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -44,19 +50,27 @@ class Optimizer:
     """One optimizer over all parameters of this rank.
 
     Matrices decay; norms, biases and other vectors do not. With ``name: muon`` the matrices inside
-    the layers follow Muon and everything else (embeddings, head, vectors) AdamW.
+    the layers follow Muon and everything else (embeddings, head, vectors) AdamW. Virtual tokens have a
+    rate and a rhythm of their own.
 
     Args:
         named_parameters: canonical names and parameters, float32.
         config: rule and constants.
+        adapter: whose virtual tokens are among the parameters, if there are any.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig):
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        adapter: AdapterConfig | None = None,
+    ) -> None:
         self.config = config
         self.steps = 0
-        self.groups = _grouped(named_parameters, config)
+        self.groups = _grouped(named_parameters, config, adapter)
         for group in self.groups:
             kinds = ("exp_avg", "exp_avg_sq") if group.rule == "adamw" else ("momentum_buffer",)
+            kinds += ("gradient_sum",) if group.every > 1 else ()
             for kind in kinds:
                 group.state[kind] = [torch.zeros_like(local(p.detach())) for p in group.parameters]
 
@@ -69,8 +83,13 @@ class Optimizer:
             gradient_divisor: gradients are divided by it (loss scale and clipping in one).
         """
         for group in self.groups:
+            divisor = gradient_divisor
+            if group.every > 1:
+                if not _is_due(group, divisor, self.steps):
+                    continue
+                divisor = 1.0
             update = _adamw_step if group.rule == "adamw" else _muon_step
-            update(group, self.config, factor, gradient_divisor, self.steps)
+            update(group, self.config, factor * group.rate, divisor, self.steps // group.every)
             # A DTensor does not notice what is done to the part of it that this rank holds.
             torch.autograd.graph.increment_version(group.parameters)
         self.steps += 1
@@ -96,18 +115,41 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
-def _grouped(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[Group]:
+def _is_due(group: Group, gradient_divisor: float, steps: int) -> bool:
+    """Add this step's gradients to the sums; when enough are there, leave their means as gradients."""
+    is_due = (steps + 1) % group.every == 0
+    for parameter, total in zip(group.parameters, group.state["gradient_sum"]):
+        gradient = _gradient(parameter)
+        if gradient is None:
+            continue
+        total.add_(gradient, alpha=1.0 / (gradient_divisor * group.every))
+        if is_due:
+            gradient.copy_(total)
+            total.zero_()
+    return is_due
+
+
+def _grouped(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    adapter: AdapterConfig | None = None,
+) -> list[Group]:
     groups = {
         "muon": Group("muon", config.weight_decay),
         "decay": Group("adamw", config.weight_decay),
         "plain": Group("adamw", 0.0),
     }
+    if adapter is not None:
+        rhythm = (adapter.lr_multiplier, adapter.update_every_n_steps)
+        groups["virtual"] = Group("adamw", config.weight_decay, *rhythm)
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
         kind = "decay" if parameter.ndim >= 2 else "plain"
         if config.name == "muon" and name.startswith("layers.") and parameter.ndim >= 2:
             kind = "muon"
+        if adapter is not None and is_of_virtual(name):
+            kind = "virtual"
         groups[kind].names.append(name)
         groups[kind].parameters.append(parameter)
     return [group for group in groups.values() if group.names]

@@ -59,7 +59,7 @@ class Trainer:
         self.callbacks = (callbacks or Callbacks()) if mesh.is_main else Callbacks()
         self._evaluate_hook = evaluate
         self.model = self.work.lay_out(config, mesh)
-        self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer)
+        self.optimizer = Optimizer(self.model.named_parameters(), config.optimizer, self.model.adapter)
         self.saver = CheckpointSaver(config.run_dir, config.checkpoint, mesh)
         self.step = TrainingStep(
             self.model,

@@ -10,7 +10,6 @@ from pathlib import Path
 from mtnlg.config import ConfigError, DataError, MegatronModelConfig, RunConfig, TuningConfig
 from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress
-from mtnlg.parallel.adapters import adapter_problems
 from mtnlg.tokens import Tokenizer
 from mtnlg.tokens.shuffle import permutation, seed_of
 from mtnlg.tokens.sources import find_files
@@ -111,12 +110,11 @@ def check_fits(config: RunConfig, base: MegatronModelConfig, tokenizer: Tokenize
 
 def method_problems(config: RunConfig) -> list[str]:
     """Every reason why the method does not go with the layout or the samples; empty when it does."""
-    tuning, length = tuning_of(config), config.data.sequence_length
+    tuning = tuning_of(config)
     problems = distillation_problems(tuning, config.layout)
     if not tuning.trains_adapter:
         return problems
     adapter = tuning.adapter
-    problems += adapter_problems(adapter, config.model, config.layout, length)
     if tuning.packing and adapter.method == "prompt" and adapter.prompt_style != "prepend":
         problems.append(
             f"tuning.adapter.prompt_style is {adapter.prompt_style}: its virtual tokens stand between a "

@@ -63,7 +63,7 @@ class Tuning(Work):
             seed=config.seed,
             precision=config.precision,
             switches=config.training,
-            adapter=tuning.adapter if tuning.trains_adapter else None,
+            adapter=config.adapter,
         )
         if tuning.distillation is not None:
             learn_from_teacher(model, tuning.distillation)
