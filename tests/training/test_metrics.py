@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.parallel.parity import T5
 from tests.training.helpers import Recorder, metrics_lines, small_config, train_here
 
 from mtnlg.config import LoggingConfig, MegatronModelConfig, StopConfig
 from mtnlg.training import meter, metrics, peak
-from mtnlg.training.flops import hardware_flops_per_token, model_flops_per_token
+from mtnlg.training.flops import forward_flops, hardware_flops_per_token, model_flops_per_token
 
 MT_NLG = MegatronModelConfig.from_preset("mt-nlg-530b", vocab_size=51_200)
 
@@ -180,3 +181,21 @@ def test_evaluation_hook_adds_to_the_metrics(tmp_path):
     train_on_rank(config, mesh, [recorder], evaluate=lambda model, step: {"bits_per_character": step / 2})
     assert recorder.validations[-1].extra == {"bits_per_character": 3.0}
     assert metrics_lines(config, "validation")[-1]["bits_per_character"] == 3.0
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_key_value_heads": 2}, {"activation_function": "gelu"}])
+def test_flops_of_an_encoder_decoder_are_those_that_torch_counts(fields: dict[str, object]) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mtnlg.model import MegatronEncoderDecoder
+
+    config = MegatronModelConfig(**{**T5, "hidden_dropout": 0.1, **fields})  # type: ignore[arg-type]
+    model = MegatronEncoderDecoder(config)
+    # The fused kernel is not counted, so attention runs as plain products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.ones(2, 24, dtype=torch.long), torch.ones(2, 9, dtype=torch.long))
+    forward = forward_flops(config, 24, 9)
+    assert 48 * (forward.linear + forward.attention + forward.head) == counter.get_total_flops()
+    executed = hardware_flops_per_token(config, 24, "full", target_length=9)
+    assert executed == 4 * (forward.linear + forward.attention) + 3 * forward.head

@@ -122,6 +122,14 @@ class DataConfig:
         if problems:
             raise ConfigError(problems)
 
+    def target_length(self, has_encoder: bool) -> int:
+        """Tokens that an encoder-decoder's decoder writes of each sample; 0 of a decoder's."""
+        if not has_encoder:
+            return 0
+        if self.objective.is_causal:  # of conversations, as long as what is read at most
+            return self.sequence_length
+        return self.objective.longest_target(self.sequence_length)
+
     def split_shares(self) -> tuple[float, float, float]:
         """Shares of train, validation and test, summing to 1.
 

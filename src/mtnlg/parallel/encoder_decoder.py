@@ -72,7 +72,9 @@ class PairStage(Stage):
             The summed loss (float32 scalar) or logits on the last stage; before it what the next takes.
         """
         if self.is_part:
-            return self.decoder(source, target, tables, labels, encoder_mask)
+            found = self.decoder(source, target, tables, labels, encoder_mask)
+            # What only passes through is a new tensor all the same: gradients go back through each stage.
+            return found if isinstance(found, Tensor) else tuple(each.view_as(each) for each in found)
         output = self.decoder(source, target, labels, encoder_mask)
         found = output.logits if output.loss is None else output.loss
         assert found is not None
@@ -139,9 +141,7 @@ def _run_stage(
     writing = writing_mask(lengths[1], lengths[1], target.device)
     target = model.decode(target, source, reading_mask(encoder_mask, None, None), writing)
     if model.head is None:
-        # What only passes through is a new tensor all the same: gradients go back through each stage.
-        sent = (source, target) if tables is None else (source, target, tables)
-        return tuple(tensor.view_as(tensor) for tensor in sent)
+        return (source, target) if tables is None else (source, target, tables)
     output = model.head(target, labels)
     return output.logits if output.loss is None else output.loss
 

@@ -31,8 +31,16 @@ class ForwardFlops:
     head: float
 
 
-def forward_flops(config: MegatronModelConfig, sequence_length: int) -> ForwardFlops:
-    """Operations per token of a forward pass over sequences of ``sequence_length`` tokens."""
+def forward_flops(
+    config: MegatronModelConfig, sequence_length: int, target_length: int = 0
+) -> ForwardFlops:
+    """Operations per token of a forward pass over sequences of ``sequence_length`` tokens.
+
+    Of an encoder-decoder, per token that its encoder reads; its decoder writes ``target_length`` for each
+    ``sequence_length`` of them.
+    """
+    if config.has_encoder:
+        return _pair_forward_flops(config, sequence_length, target_length)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     query = config.num_attention_heads * config.head_size
     key_value = config.key_value_heads * config.head_size
@@ -47,14 +55,32 @@ def forward_flops(config: MegatronModelConfig, sequence_length: int) -> ForwardF
     )
 
 
+def _pair_forward_flops(config: MegatronModelConfig, source: int, target: int) -> ForwardFlops:
+    written = target / source  # for each token read
+    query = config.num_attention_heads * config.head_size
+    key_value = config.key_value_heads * config.head_size
+    mlp = mlp_weights(config, 0, active=True)
+    whole = config.hidden_size * (2 * query + 2 * key_value) + mlp
+    reading = config.hidden_size * 2 * key_value  # keys and values that cross attention makes of the source
+    asking = config.hidden_size * 2 * query
+    encoder, decoder = config.num_hidden_layers, config.decoder_layers
+    return ForwardFlops(
+        linear=2.0 * (encoder * whole + decoder * (written * (whole + asking) + reading)),
+        attention=4.0 * query * (encoder * source + decoder * written * (target + source)),
+        head=2.0 * written * config.hidden_size * config.vocab_size,
+    )
+
+
 def _keys_seen(config: MegatronModelConfig, layer: int, sequence_length: int) -> int:
     """Keys that a layer's scores are computed for: those in its window, where it has one."""
     return min(sequence_length, config.window_of_layer(layer) or sequence_length)
 
 
-def model_flops_per_token(config: MegatronModelConfig, sequence_length: int) -> float:
+def model_flops_per_token(
+    config: MegatronModelConfig, sequence_length: int, target_length: int = 0
+) -> float:
     """Operations that training one token needs: the forward pass, and twice it for the backward."""
-    forward = forward_flops(config, sequence_length)
+    forward = forward_flops(config, sequence_length, target_length)
     return 3.0 * (forward.linear + forward.attention + forward.head)
 
 
@@ -63,6 +89,7 @@ def hardware_flops_per_token(
     sequence_length: int,
     recomputation: str = "none",
     operators: Collection[str] = (),
+    target_length: int = 0,
 ) -> float:
     """Operations that training one token executes.
 
@@ -72,8 +99,9 @@ def hardware_flops_per_token(
         recomputation: ``training.activation_recomputation``. The head never is recomputed; what
             ``budget`` recomputes is decided later, and not counted.
         operators: ``training.recomputed_operators``, where ``recomputation`` is ``operators``.
+        target_length: see :func:`forward_flops`.
     """
-    forward = forward_flops(config, sequence_length)
+    forward = forward_flops(config, sequence_length, target_length)
     recomputed = {"selective": {"attention"}, "operators": set(operators)}.get(recomputation, set())
     again = 0.0
     if recomputation == "full":
@@ -81,14 +109,23 @@ def hardware_flops_per_token(
     elif recomputed & {"attention", "linear"}:
         again = forward.attention
     if "linear" in recomputed:
-        again += _first_matrices_flops(config)
-    return model_flops_per_token(config, sequence_length) + again
+        again += _first_matrices_flops(config, target_length / sequence_length)
+    return model_flops_per_token(config, sequence_length, target_length) + again
 
 
-def _first_matrices_flops(config: MegatronModelConfig) -> float:
-    """Of the linear layers before attention and before the activation (of experts: none)."""
+def _first_matrices_flops(config: MegatronModelConfig, written: float) -> float:
+    """Of the linear layers before attention and before the activation (of experts: none).
+
+    ``written`` are tokens of the target for each token read, of an encoder-decoder.
+    """
     heads = config.num_attention_heads + 2 * config.key_value_heads
     layers = config.num_hidden_layers
+    if config.has_encoder:
+        mine = heads * config.head_size + (2 if config.is_gated else 1) * config.ffn_size
+        query, read = config.num_attention_heads, 2 * config.key_value_heads  # of cross attention
+        crossing = config.head_size * (written * query + read)
+        decoder = config.decoder_layers * (written * mine + crossing)
+        return 2.0 * config.hidden_size * (layers * mine + decoder)
     dense = sum(not has_experts(config, layer) for layer in range(layers))
     columns = heads * config.head_size * layers + (2 if config.is_gated else 1) * config.ffn_size * dense
     return 2.0 * config.hidden_size * columns

@@ -61,12 +61,14 @@ class Meter:
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         length = config.data.sequence_length
         self.peak = layout_peak_flops(mesh, compute_dtype(config.precision.dtype))
-        self.model_flops = model_flops_per_token(config.model, length)
+        target = config.data.target_length(config.model.has_encoder)
+        self.model_flops = model_flops_per_token(config.model, length, target)
         self.hardware_flops = hardware_flops_per_token(
             config.model,
             length,
             config.training.activation_recomputation,
             config.training.recomputed_operators,
+            target,
         )
         self.learning_rate = config.optimizer.learning_rate
         self.sequence_length = length
