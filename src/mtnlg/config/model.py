@@ -106,6 +106,8 @@ class MegatronModelConfig:
         qk_normalization: RMSNorm over each head's queries and keys (Qwen3).
         hidden_dropout: dropout after the embedding and on each sub-block's output.
         attention_dropout: dropout on the attention weights.
+        exported_as: Hugging Face's ``model_type`` that is written where several compute the same; that of
+            the files it was read from. ``None`` is the first of them.
         architecture: ``decoder``, or ``encoder_decoder`` (T5's kind, with relative positions).
         num_decoder_layers: layers of an encoder-decoder's decoder; ``None`` is as many as the encoder's.
         relative_attention_num_buckets: of distances that are told apart (``relative`` positions).
@@ -197,6 +199,7 @@ class MegatronModelConfig:
     qk_normalization: bool = False
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    exported_as: str | None = None
     architecture: str = "decoder"
     num_decoder_layers: int | None = None
     relative_attention_num_buckets: int = 32

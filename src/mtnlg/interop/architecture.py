@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from mtnlg.interop.settings import GATED_ACTIVATIONS, Activation, Rotary, Setting
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,9 @@ class Architecture:
         fields: our field → its key in ``config.json``.
         defaults: what transformers assumes where ``config.json`` leaves a key out.
         unsupported: key → the only values under which our model computes the same.
+        fixed: our field → what it is in every model of the family.
+        settings: what takes more than one key.
+        aliases: another name of a key → the key.
     """
 
     model_type: str
@@ -23,6 +28,14 @@ class Architecture:
     fields: dict[str, str]
     defaults: dict[str, Any]
     unsupported: dict[str, tuple[Any, ...]]
+    fixed: dict[str, Any] = field(default_factory=dict)
+    settings: tuple[Setting, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def expressed(self) -> set[str]:
+        """Our fields that a ``config.json`` of the family says; all others have their defaults."""
+        return {*self.fields, *self.fixed, *(name for setting in self.settings for name in setting.names)}
 
 
 LLAMA_FIELDS = dict(
@@ -46,3 +59,6 @@ LLAMA_DEFAULTS: dict[str, Any] = dict(
     rms_norm_eps=1e-6, initializer_range=0.02, attention_dropout=0.0, tie_word_embeddings=False,
     use_cache=True, hidden_act="silu", attention_bias=False, mlp_bias=False,
 )  # fmt: skip
+LLAMA_FIXED: dict[str, Any] = dict(position_embedding="rotary", normalization="rmsnorm")
+LLAMA_SETTINGS: tuple[Setting, ...] = (Activation("hidden_act", GATED_ACTIVATIONS), Rotary())
+NO_BIASES: dict[str, Any] = dict(attention_bias=False, attention_output_bias=False, mlp_bias=False)
