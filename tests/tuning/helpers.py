@@ -30,23 +30,8 @@ from mtnlg.parallel import build_mesh
 from mtnlg.training import TrainResult, train_on_rank
 from mtnlg.tuning import Tuning
 
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "one",
-    "two",
-    "three",
-    "cat",
-    "dog",
-    "bird",
-    "sings",
-    "runs",
-    "sleeps",
-    "yes",
-    "no",
-    "perhaps",
-]
+WORDS = ["red", "blue", "green", "one", "two", "three", "cat", "dog"]
+WORDS += ["bird", "sings", "runs", "sleeps", "yes", "no", "perhaps"]
 LENGTH = 48
 
 
