@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mtnlg.cli.export_quantized import add_quantize_arguments, export_quantized
 from mtnlg.cli.models import MODEL_HELP
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from jsonargparse import ArgumentParser, Namespace
 
     from mtnlg.config.progress import Progress
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
 EXAMPLE = """
 mtnlg export runs/demo --format hf --out exported/demo
 mtnlg export runs/demo --format hf --precision bf16 --out exported/demo-bf16
+mtnlg export runs/demo --format hf --quantize int4 --out exported/demo-int4
 mtnlg export runs/demo --format gguf --precision q8_0 --out exported/demo-q8_0.gguf
+mtnlg export runs/demo --format megatron --out exported/demo-megatron
 """
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "megatron")
 GGUF_NAMES = {"float32": "f32", "fp16": "f16", None: "f16"}
 
 
@@ -30,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--format",
         required=True,
         choices=FORMATS,
-        help="hf: a folder for transformers and vLLM; gguf: a file for llama.cpp",
+        help="hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; megatron: a checkpoint",
     )
     parser.add_argument("--out", metavar="PATH", required=True, help="folder (hf) or file (gguf) to write")
     parser.add_argument(
@@ -41,6 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "gguf also takes q8_0, q5_1, q5_0, q4_1, q4_0",
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="hf: largest file of weights")
+    add_quantize_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
@@ -57,7 +62,10 @@ def run(arguments: Namespace) -> int:
         raise ConfigError(f"{out} is there already: choose another --out, or --overwrite.")
     files = open_model_files(arguments.model)
     with ProgressDisplay() as progress:
-        next_step = _WRITERS[arguments.format](files, out, arguments, progress)
+        if arguments.quantize is None:
+            next_step = _WRITERS[arguments.format](files, out, arguments, progress)
+        else:
+            next_step = export_quantized(arguments, out, _dtype(arguments), progress)
     size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")))
     print(f"{out}: {quantity(files.config.num_parameters, 'parameters')}, {quantity(size, 'bytes')}")
     print(f"next: {next_step}")
@@ -72,12 +80,7 @@ def _to_hugging_face(files: ModelFiles, out: Path, arguments: Namespace, progres
     from mtnlg.config import ConfigError
     from mtnlg.generation.prompts import end_id
     from mtnlg.interop import write_hugging_face_folder
-    from mtnlg.training.precision import COMPUTE_DTYPES
 
-    if arguments.precision not in (None, *COMPUTE_DTYPES):
-        raise ConfigError(
-            f"--precision is {arguments.precision!r}: with --format hf choose {', '.join(COMPUTE_DTYPES)}."
-        )
     if arguments.max_shard_gb <= 0:
         raise ConfigError(f"--max-shard-gb is {arguments.max_shard_gb}: it must be above 0.")
     tokenizer = files.tokenizer
@@ -87,13 +90,26 @@ def _to_hugging_face(files: ModelFiles, out: Path, arguments: Namespace, progres
         files.stream,
         end_of_text_id=end_id(tokenizer),
         padding_id=None if tokenizer is None else tokenizer.special_tokens.get("<|padding|>"),
-        dtype=COMPUTE_DTYPES.get(arguments.precision or ""),
+        dtype=_dtype(arguments),
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
         progress=progress,
     )
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
     return f"vllm serve {out}, or transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+
+
+def _dtype(arguments: Namespace) -> torch.dtype | None:
+    """Of the weights; ``None`` keeps theirs."""
+    from mtnlg.config import ConfigError
+    from mtnlg.training.precision import COMPUTE_DTYPES
+
+    if arguments.precision not in (None, *COMPUTE_DTYPES):
+        names = ", ".join(COMPUTE_DTYPES)
+        raise ConfigError(
+            f"--precision is {arguments.precision!r}: with --format {arguments.format} choose {names}."
+        )
+    return COMPUTE_DTYPES.get(arguments.precision or "")
 
 
 def _to_gguf(files: ModelFiles, out: Path, arguments: Namespace, progress: Progress) -> str:
@@ -104,4 +120,13 @@ def _to_gguf(files: ModelFiles, out: Path, arguments: Namespace, progress: Progr
     return f"llama-cli -m {out}"
 
 
-_WRITERS = {"hf": _to_hugging_face, "gguf": _to_gguf}
+def _to_megatron(files: ModelFiles, out: Path, arguments: Namespace, progress: Progress) -> str:
+    from mtnlg.interop import write_megatron
+
+    write_megatron(out, files.config, files.stream, _dtype(arguments), progress)
+    if files.tokenizer is not None:
+        files.tokenizer.save_pretrained(out)
+    return f"Megatron-LM with --load {out} --ckpt-format torch_dist --use-checkpoint-args"
+
+
+_WRITERS = {"hf": _to_hugging_face, "gguf": _to_gguf, "megatron": _to_megatron}

@@ -1,6 +1,7 @@
 """Other people's model files: Hugging Face folders and hub names, GGUF."""
 
 from mtnlg.interop.architectures import nearest_architecture
+from mtnlg.interop.foreign import open_foreign
 from mtnlg.interop.gguf_file import write_gguf
 from mtnlg.interop.hub import fetch_from_hub, looks_like_hub_name
 from mtnlg.interop.hugging_face import (
@@ -10,6 +11,7 @@ from mtnlg.interop.hugging_face import (
     write_hugging_face,
     write_hugging_face_folder,
 )
+from mtnlg.interop.megatron import write_megatron
 from mtnlg.interop.tensor_folder import TensorFolder, write_tensors
 
 __all__ = [
@@ -17,11 +19,13 @@ __all__ = [
     "fetch_from_hub",
     "looks_like_hub_name",
     "nearest_architecture",
+    "open_foreign",
     "read_config",
     "read_weights",
     "stream_weights",
     "write_gguf",
     "write_hugging_face",
     "write_hugging_face_folder",
+    "write_megatron",
     "write_tensors",
 ]

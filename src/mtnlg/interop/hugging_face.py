@@ -40,6 +40,11 @@ def read_config(folder: Path) -> MegatronModelConfig:
     return from_hugging_face(saved, str(folder / CONFIG_NAME))
 
 
+def model_type_of(folder: Path) -> str:
+    """The family that ``folder/config.json`` names."""
+    return str(_read_json(folder / CONFIG_NAME)["model_type"])
+
+
 def read_weights(folder: Path, config: MegatronModelConfig) -> dict[str, Tensor]:
     """All parameters of ``config`` by our names, from the safetensors in ``folder``.
 
@@ -69,7 +74,7 @@ def stream_weights(
     Raises:
         CheckpointError: as :func:`read_weights`.
     """
-    model_type = _read_json(folder / CONFIG_NAME)["model_type"]
+    model_type = model_type_of(folder)
     source = TensorFolder.of_hugging_face(folder)
     yield from import_tensors(model_type, config, source, str(folder), wanted, cut)
 

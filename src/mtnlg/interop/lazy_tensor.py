@@ -188,13 +188,23 @@ class Parts:
         strides = torch.empty(tuple(self.shape), device="meta").stride()
         axes = _axes_of(view, strides, self.shape)
         if axes is None:  # reshaped: no box of the whole
-            whole = self._box([0] * len(self.shape), list(self.shape), view.dtype)
-            return whole.as_strided(view.shape, view.stride(), view.storage_offset())
+            return self._rows(view, strides[0])
         begins, sizes = _box_of(view, strides, axes)
         box = self._box(begins, sizes, view.dtype)
         kept = [axis for axis in range(len(self.shape)) if axis in axes]
         box = box.reshape([sizes[axis] for axis in kept])
         return box.permute([kept.index(axis) for axis in axes])
+
+    def _rows(self, view: Tensor, stride: int) -> Tensor:
+        """A view that is no box, by way of all rows of the whole that it has numbers of."""
+        if not view.numel():
+            return torch.empty(view.shape, dtype=view.dtype)
+        last = sum((size - 1) * step for size, step in zip(view.shape, view.stride()))
+        first_row = view.storage_offset() // stride
+        end_row = (view.storage_offset() + last) // stride + 1
+        sizes = [end_row - first_row, *self.shape[1:]]
+        rows = self._box([first_row, *[0] * (len(sizes) - 1)], sizes, view.dtype)
+        return rows.as_strided(view.shape, view.stride(), view.storage_offset() - first_row * stride)
 
     def _box(self, begins: list[int], sizes: list[int], dtype: torch.dtype) -> Tensor:
         found = torch.empty(sizes, dtype=dtype)

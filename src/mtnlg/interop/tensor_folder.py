@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +66,14 @@ class TensorFolder:
                 raise CheckpointError(f"{index}: not a safetensors index ({error}).") from None
             return cls([folder / Path(name).name for name in names])
         return cls.of_folder(folder)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> TensorFolder:
+        """Tensors that lie elsewhere, lazy or not."""
+        made = cls([])
+        for name, tensor in tensors.items():
+            made._entries[name] = _Entry([((0,) * tensor.dim(), tensor)])
+        return made
 
     @classmethod
     def of_folder(cls, folder: Path) -> TensorFolder:

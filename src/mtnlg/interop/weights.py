@@ -78,6 +78,18 @@ def import_tensors(
     Raises:
         CheckpointError: tensors are missing or left over; all are named.
     """
+    for name, view in tensor_views(model_type, config, source, where, wanted):
+        yield name, cut_and_read(name, view, cut)
+
+
+def tensor_views(
+    model_type: str,
+    config: MegatronModelConfig,
+    source: TensorFolder,
+    where: str,
+    wanted: Collection[str] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """As :func:`import_tensors`, lazy: nothing of them has been read."""
     places = _places(model_type, config, source, where)
     for ours, group in groupby(places.items(), key=lambda item: item[0].ours):
         if wanted is not None and not any(name in wanted for name in ours):
@@ -90,7 +102,7 @@ def import_tensors(
             views = [join([source.lazy(name) for _, name in found], is_new=True)]
         for name, view in zip(ours, views):
             if wanted is None or name in wanted:
-                yield name, cut_and_read(name, view, cut)
+                yield name, view
 
 
 def _places(
