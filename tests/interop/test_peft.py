@@ -244,7 +244,7 @@ def test_what_is_wrong_with_a_folder_is_said(bases: dict[str, Path], tmp_path: P
     path.write_text("{")
     with pytest.raises(CheckpointError, match="broken JSON"):
         base.add_adapter(tmp_path)
-    with pytest.raises(ConfigError, match="Did you mean attention.query"):
+    with pytest.raises(ConfigError, match=r"Did you mean attention\.query"):
         base.add_adapter(AdapterConfig(target_modules=["attention.qerry"]))
 
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from mtnlg.config import RunConfig
 from mtnlg.config.progress import Progress
+from mtnlg.parallel.adapters import start_laid_out_adapter
 from mtnlg.parallel.apply import lay_out
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.tokens.batch import Batch
 from mtnlg.tokens.denoising import open_stream
+from mtnlg.tokens.tokenizer import Tokenizer
 from mtnlg.training.prepare import prepare
 
 
@@ -66,8 +68,14 @@ class Work:
     def begin(self, config: RunConfig, model: ParallelModel, resumes: bool) -> None:
         """Put the first weights into ``model``, before a checkpoint's where the run goes on.
 
-        Here they are those that :meth:`lay_out` drew.
+        Here they are those that :meth:`lay_out` drew; virtual tokens begin as tokens of the vocabulary.
         """
+        adapter = config.adapter
+        if adapter is not None and not resumes:
+            text, ids = adapter.init_text, []
+            if text:
+                ids = Tokenizer.from_pretrained(str(config.tokenizer.path)).encode(text)
+            start_laid_out_adapter(model, adapter, config.seed, ids)
 
     def saved_weights(self, config: RunConfig, model: ParallelModel) -> dict[str, Tensor]:
         """What a checkpoint keeps of ``model``, sharing its memory: it is loaded into it, too."""
