@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
 EXAMPLE = """
 mtnlg serve runs/demo
 mtnlg serve runs/demo --port 8080 --api-key-file keys.yaml --requests-per-minute 60
+mtnlg serve runs/demo --adapter poet=runs/poet --adapter cook=runs/cook
 mtnlg serve runs/demo --host 0.0.0.0 --max-batch-size 64 --dtype bf16
 """
 KEY_VARIABLE = "MTNLG_API_KEY"
+ADMIN_KEY_VARIABLE = "MTNLG_ADMIN_KEY"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,6 +40,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--model-name", type=str | None, default=None, help="as requests call it; null is its folder's name"
     )
     add("--api-key", type=str | None, default=None, help=f"a key to let in; better in {KEY_VARIABLE}")
+    what = "adapter that requests may name as their model; may come again"
+    add("--adapter", type=str, action="append", default=[], metavar="NAME=DIR", help=what)
+    what = "with --admin-key, POST /v1/adapters loads more from here while the server runs"
+    add("--adapter-folder", type=str | None, default=None, metavar="DIR", help=what)
+    what = f"key for loading and removing adapters; better in {ADMIN_KEY_VARIABLE}"
+    add("--admin-key", type=str | None, default=None, help=what)
     add("--api-key-file", type=str | None, default=None, help="keys, one a line or with limits each")
     _add_limits(add)
     add("--chat-template", type=str | None, default=None, help="jinja2 file, or name of a template")
@@ -118,6 +127,8 @@ def server_config(arguments: Namespace) -> ServerConfig:
         allow_origins=tuple(arguments.allow_origin),
         page=arguments.page,
         ignore_unknown_fields=arguments.ignore_unknown_fields,
+        admin_key=arguments.admin_key or os.environ.get(ADMIN_KEY_VARIABLE) or None,
+        adapter_folder=arguments.adapter_folder,
     )
 
 
@@ -126,8 +137,10 @@ def _opener(arguments: Namespace, config: ServerConfig) -> Callable[[], Backend]
     from mtnlg.cli.engine_options import engine_config
     from mtnlg.cli.models import open_model
     from mtnlg.cli.ranks import wants_ranks
+    from mtnlg.config import ConfigError
 
     engine = engine_config(arguments)
+    adapters = _adapters(arguments.adapter)
     name = config.model_name or Path(arguments.model).resolve().name
     template = _template(arguments.chat_template)
     loaded = open_model(arguments.model, arguments.device, arguments) if wants_ranks(arguments) else None
@@ -138,9 +151,33 @@ def _opener(arguments: Namespace, config: ServerConfig) -> Callable[[], Backend]
 
         opened, tokenizer = loaded or open_model(arguments.model, arguments.device, arguments)
         form = choose_format(tokenizer, arguments.persona, template)
-        return Backend.of_model(opened, tokenizer, name, form, engine)
+        backend = Backend.of_model(opened, tokenizer, name, form, engine)
+        for adapter, folder in adapters.items():
+            if adapter == name:
+                raise ConfigError(f"--adapter {adapter}: the model is called so itself.")
+            backend.engine.adapters.load(adapter, folder)
+        return backend
 
     return open_backend
+
+
+def _adapters(given: list[str]) -> dict[str, Path]:
+    """Folders of adapters by the names that requests use.
+
+    Raises:
+        ConfigError: something is no NAME=DIR, or a name comes twice.
+    """
+    from mtnlg.config import ConfigError
+
+    found: dict[str, Path] = {}
+    for words in given:
+        name, _, folder = words.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}", name) or not folder:
+            raise ConfigError(f"--adapter is {words!r}: write NAME=DIR, as in poet=runs/poet.")
+        if name in found:
+            raise ConfigError(f"--adapter names {name} twice.")
+        found[name] = Path(folder)
+    return found
 
 
 def _template(name_or_file: str | None) -> str | None:

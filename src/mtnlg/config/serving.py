@@ -38,6 +38,8 @@ class ServerConfig:
         allow_origins: other web origins whose pages may call the API (CORS); ``*`` is any.
         page: serve the chat page at ``/``.
         ignore_unknown_fields: let requests hold fields that nobody here knows, instead of refusing them.
+        admin_key: key with which adapters are loaded and removed; ``None`` lets nobody do it.
+        adapter_folder: where they are looked for; ``None`` loads none while running.
 
     Raises:
         ConfigError: naming every value that is out of range.
@@ -66,6 +68,8 @@ class ServerConfig:
     allow_origins: tuple[str, ...] = ()
     page: bool = True
     ignore_unknown_fields: bool = False
+    admin_key: str | None = None
+    adapter_folder: str | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -82,8 +86,15 @@ class ServerConfig:
                 problems.append(f"{name} is {getattr(self, name)}: it must be above 0 and finite.")
         if self.log_format not in LOG_FORMATS:
             problems.append(f"log_format is {self.log_format!r}: choose one of {', '.join(LOG_FORMATS)}.")
-        if any(not key.strip() or not key.isascii() or " " in key for key in self.api_keys):
-            problems.append("api_keys holds an empty key, or one with spaces or letters beyond ASCII.")
+        if self.admin_key is not None and self.admin_key in self.api_keys:
+            problems.append("admin_key is one of api_keys: it would let everybody change what is served.")
+        if any(
+            not key.strip() or not key.isascii() or " " in key
+            for key in (*self.api_keys, self.admin_key or "x")
+        ):
+            problems.append(
+                "api_keys or admin_key holds an empty key, or one with spaces or letters beyond ASCII."
+            )
         if problems:
             raise ConfigError(problems)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.errors import CheckpointError, ConfigError
 from mtnlg.interop.adapter import Adapter, load_adapter
+from mtnlg.interop.fingerprint import check_base, fingerprint_of
+from mtnlg.interop.peft import read_adapter
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.model.adapters import take_out_adapter
 from mtnlg.model.virtual_tokens import prompt_with_virtual
@@ -27,11 +31,13 @@ class LoadedAdapter:
         serial: 1, 2, 3, ...: of all that an engine ever loaded. Keys and values computed under one are
             of no use under another.
         adapter: the values.
+        loaded: when, in seconds since 1970.
     """
 
     name: str
     serial: int
     adapter: Adapter
+    loaded: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def num_virtual(self) -> int:
@@ -82,6 +88,18 @@ class AdapterShelf:
             found = self._loaded[name] = LoadedAdapter(name, next(self._serials), adapter)
         return found
 
+    def load(self, name: str, folder: Path) -> LoadedAdapter:
+        """Read an adapter's folder, as PEFT and ``mtnlg tune`` write them, and :meth:`add` it.
+
+        Raises:
+            ConfigError: see :meth:`add`.
+            CheckpointError: its files are broken, or it was made for another model.
+        """
+        adapter = read_adapter(folder, self._model.config)
+        if adapter.base_fingerprint is not None:
+            check_base(adapter.base_fingerprint, fingerprint_of(self._model), str(folder))
+        return self.add(name, adapter)
+
     def remove(self, name: str) -> None:
         """Take an adapter away: new requests cannot name it, running ones end with it.
 
@@ -105,6 +123,12 @@ class AdapterShelf:
             if found is None:
                 raise ConfigError(self._unknown(name))
         return found
+
+    @property
+    def loaded(self) -> list[LoadedAdapter]:
+        """All that can be named, in the order of loading."""
+        with self._lock:
+            return list(self._loaded.values())
 
     @property
     def names(self) -> list[str]:

@@ -163,11 +163,19 @@ class Engine:
             ConfigError: it cannot be answered; all that is wrong with it is named.
         """
         loaded = self.adapters.get(request.adapter)
-        config = self._adapter if loaded is None else loaded.adapter.config
-        refuse_with_virtual_tokens(config, request)
+        refuse_with_virtual_tokens(self._adapter if loaded is None else loaded.adapter.config, request)
+        longest = self.longest(request.adapter)
         request = self.with_source(request)
-        longest = self.max_length if loaded is None else longest_text(config, self.max_length)
         return check_request(request, self.runner.vocab_size, longest, self.decode is not None)
+
+    def longest(self, adapter: str | None = None) -> int:
+        """Most tokens of prompt and continuation, with the adapter of this name.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        loaded = self.adapters.get(adapter)
+        return self.max_length if loaded is None else longest_text(loaded.adapter.config, self.max_length)
 
     def with_source(self, request: GenerationRequest) -> GenerationRequest:
         """As the model takes it: an encoder-decoder reads the prompt and begins a text of its own."""

@@ -18,6 +18,7 @@ from starlette.routing import Match
 
 from mtnlg import __version__
 from mtnlg.serving import descriptions
+from mtnlg.serving.adapters import add_adapter, remove_adapter
 from mtnlg.serving.chat import create_chat_completion
 from mtnlg.serving.completions import create_completion
 from mtnlg.serving.embeddings import create_embedding
@@ -32,6 +33,7 @@ POSTS: Sequence[tuple[str, Callable[..., Any]]] = (
     ("/v1/completions", create_completion),
     ("/v1/chat/completions", create_chat_completion),
     ("/v1/embeddings", create_embedding),
+    ("/v1/adapters", add_adapter),
     ("/v1/tokenize", tokenize),
     ("/v1/detokenize", detokenize),
     ("/tokenize", tokenize),  # as lm_eval and vLLM call them
@@ -67,6 +69,7 @@ def make_app(state: ServerState, lifespan: Any = None) -> FastAPI:
     app.router.route_class = JsonRoute
     for path, answer in POSTS:
         app.post(path, **descriptions.of(path), include_in_schema=path.startswith("/v1"))(answer)
+    app.delete("/v1/adapters/{name}", **descriptions.of("/v1/adapters/{name}"))(remove_adapter)
     for path, answer in GETS:
         app.get(path, **descriptions.of(path))(answer)
     if state.config.page:

@@ -38,19 +38,19 @@ RESERVED = frozenset(
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     state, visit = state_of(request), visit_of(request)
-    state.check_model(body.model)
+    adapter = state.chosen_adapter(body.model)
     _check(body)
     tools, must_call = chosen_tools(body.tools, body.tool_choice)
     check_count(state, body.n or 1, "n")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     prompt = await prompt_of(state, body.messages, tools, body.chat_template_kwargs or {}, wanted)
     ids = prompt.ids
-    check_lengths(state, [ids], wanted or 1, "messages")
-    base = base_request(state, visit, body)
+    check_lengths(state, [ids], wanted or 1, "messages", adapter)
+    base = base_request(state, visit, body, adapter)
     base.end_ids = () if body.ignore_eos else prompt.end_ids
     base.stop = [*base.stop, *prompt.stop]
     base.constraint = await _constraint(state, body, tools if must_call else [])
-    base.max_new_tokens = wanted or state.backend.engine.max_length - len(ids)
+    base.max_new_tokens = wanted or state.longest(adapter) - len(ids)
     base.min_new_tokens = min(base.min_new_tokens, base.max_new_tokens)
     base.logprobs = (body.top_logprobs or 0) if body.logprobs else None
     job = Job(state, visit, sequences(base, [ids], body.n or 1), is_open_ended=wanted is None)

@@ -49,7 +49,7 @@ class ChatAnswer:
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._rest = {
             "created": int(time.time()),
-            "model": state.backend.name,
+            "model": body.model,
             "system_fingerprint": state.backend.fingerprint,
         }
         usage = ',"usage":null' if self._includes_usage else ""

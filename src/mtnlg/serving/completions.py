@@ -23,6 +23,7 @@ from mtnlg.serving.prompts import (
     constraint_of,
     prompt_rows,
     sequences,
+    with_adapters_text,
 )
 from mtnlg.serving.schemas import CompletionRequest
 from mtnlg.serving.state import ServerState, state_of, visit_of
@@ -34,16 +35,14 @@ DEFAULT_TOKENS = 16  # OpenAI's
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Continue one or more prompts, given as text or as token ids."""
     state, visit = state_of(request), visit_of(request)
-    state.check_model(body.model)
+    adapter = state.chosen_adapter(body.model)
     num_tried = _check(body)
-    texts, rows = await prompt_rows(
-        state, body.prompt, "prompt", body.add_special_tokens, body.parse_special
-    )
+    prompt = body.prompt if adapter is None else with_adapters_text(body.prompt, adapter)
+    texts, rows = await prompt_rows(state, prompt, "prompt", body.add_special_tokens, body.parse_special)
     check_count(state, len(rows) * num_tried, "n")
-    check_lengths(
-        state, rows, min(1, _wanted(body)) if body.max_tokens is None else _wanted(body), "prompt"
-    )
-    base = base_request(state, visit, body)
+    least = min(1, _wanted(body)) if body.max_tokens is None else _wanted(body)
+    check_lengths(state, rows, least, "prompt", adapter)
+    base = base_request(state, visit, body, adapter)
     base.constraint = await constraint_of(state, body)
     base.max_new_tokens = _wanted(body)
     base.logprobs = _num_logprobs(body, num_tried)
@@ -125,7 +124,7 @@ class Answer:
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": state.backend.name,
+            "model": body.model,
             "system_fingerprint": state.backend.fingerprint,
         }
         self._num_sent = [0] * len(job.generations)  # characters, where offsets are wanted

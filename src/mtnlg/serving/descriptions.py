@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from mtnlg.serving.chat_schemas import ChatRequest
 from mtnlg.serving.schemas import (
+    AdapterRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
@@ -18,7 +19,14 @@ ABOUT = "OpenAI's API for a model of one's own, with fields beside it for every 
 
 FIELDS = sorted(
     name
-    for model in (CompletionRequest, ChatRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest)
+    for model in (
+        CompletionRequest,
+        ChatRequest,
+        EmbeddingRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+        AdapterRequest,
+    )
     for name in model.model_fields
 )
 
@@ -173,6 +181,7 @@ class Model(BaseModel):
     object: str
     created: int
     owned_by: str
+    parent: str | None
     max_model_len: int
     has_chat_template: bool
 
@@ -182,6 +191,14 @@ class Models(BaseModel):
 
     object: str
     data: list[Model]
+
+
+class Deleted(BaseModel):
+    """A model that is no longer there."""
+
+    id: str
+    object: str
+    deleted: bool
 
 
 class Status(BaseModel):
@@ -196,6 +213,8 @@ _ANSWERS: dict[str, type[BaseModel] | None] = {
     "/v1/embeddings": Embeddings,
     "/v1/tokenize": Tokens,
     "/v1/detokenize": Text,
+    "/v1/adapters": Model,
+    "/v1/adapters/{name}": Deleted,
     "/v1/models": Models,
     "/v1/models/{model:path}": Model,
     "/health": Status,
@@ -205,6 +224,7 @@ _STREAMED = ("/v1/completions", "/v1/chat/completions")
 _WORKING = {
     400: "Something in the request is wrong",
     401: "No key, or a wrong one",
+    403: "Adapters cannot be changed here",
     404: "No such model",
     408: "The body came too slowly",
     413: "The body is too large",

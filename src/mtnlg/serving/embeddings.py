@@ -21,7 +21,7 @@ from mtnlg.serving.streaming import finish
 async def create_embedding(body: EmbeddingRequest, request: Request) -> Response:
     """Vectors for one or more texts."""
     state, visit = state_of(request), visit_of(request)
-    state.check_model(body.model)
+    adapter = state.chosen_adapter(body.model)
     size = state.backend.hidden_size
     if body.dimensions is not None and body.dimensions > size:
         message = f"Invalid 'dimensions': this model's vectors have {size} numbers, not {body.dimensions}."
@@ -30,7 +30,9 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
     check_count(state, len(rows), "input")
     check_lengths(state, rows, 0, "input")
     limit = state.config.request_timeout_seconds or None
-    job = Job(state, visit, [GenerationRequest(ids, hidden=True, deadline_seconds=limit) for ids in rows])
+    name = None if adapter is None else adapter.name
+    requests = [GenerationRequest(ids, hidden=True, deadline_seconds=limit, adapter=name) for ids in rows]
+    job = Job(state, visit, requests)
     await finish(request, job)
     states = [generation.hidden for generation in job.generations]
     if any(found is None for found in states):
@@ -43,7 +45,7 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": job.prompt_tokens, "total_tokens": job.prompt_tokens}
-    return JSONResponse({"object": "list", "data": data, "model": state.backend.name, "usage": usage})
+    return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
 
 
 def pooled(states: np.ndarray, dimensions: int | None = None) -> np.ndarray:

@@ -84,6 +84,12 @@ def missing_key() -> ApiError:
     return ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
 
 
+def no_admin() -> ApiError:
+    """Nobody may change what is served."""
+    message = "Adapters are loaded and removed with an admin key, and this server has none (--admin-key)."
+    return ApiError(403, message, code="no_admin_key", kind="permission_error")
+
+
 def wrong_key(key: str) -> ApiError:
     """A key that is not known (401); most of it is hidden in the message."""
     shown = f"{key[:3]}***{key[-2:]}" if len(key) >= 12 else "***"

@@ -17,6 +17,7 @@ from mtnlg.serving.state import ServerState, Visit
 PUBLIC = frozenset(("/", "/health", "/ready", "/metrics", "/openapi.json"))
 PUBLIC_FOLDER = "/page/"
 MODEL_FOLDER = "/v1/models/"
+ADMIN_PATH = "/v1/adapters"
 MOST_WASTE = 16  # times max_body_bytes: what is read and thrown away of a body that is too large
 WASTE_SECONDS = 5.0
 
@@ -63,6 +64,10 @@ class Gate:
         if path in PUBLIC or path.startswith(PUBLIC_FOLDER):
             return False
         authorization = _header(scope, b"authorization")
+        if path == ADMIN_PATH or path.startswith(f"{ADMIN_PATH}/"):
+            visit.known_caller = self._state.keys.admin(authorization)
+            self._state.check_ready()
+            return False
         visit.known_caller = self._state.keys.caller(authorization)
         if scope["method"] != "POST" or path not in self._paths:
             return False
@@ -110,6 +115,8 @@ class Gate:
     def _label(self, path: str) -> str:
         if path.startswith(MODEL_FOLDER):
             return f"{MODEL_FOLDER}{{model}}"
+        if path.startswith(f"{ADMIN_PATH}/"):
+            return f"{ADMIN_PATH}/{{name}}"
         return path if path in self._paths else "other"
 
 

@@ -15,10 +15,10 @@ import yaml
 
 from mtnlg.config.errors import ConfigError
 from mtnlg.config.serving import ServerConfig
-from mtnlg.serving.errors import missing_key, wrong_key
+from mtnlg.serving.errors import missing_key, no_admin, wrong_key
 from mtnlg.serving.limits import Allowance, Caller, Clock
 
-ANONYMOUS = "anonymous"
+ANONYMOUS, ADMIN = "anonymous", "admin"
 LIMITS = tuple(field.name for field in fields(Allowance))
 
 
@@ -28,11 +28,17 @@ class Keys:
     Args:
         callers: digest of a key (SHA-256) and whose it is; empty lets everybody in.
         anonymous: who they are then.
+        admin: the same for the key that may change what is served; ``None`` lets nobody.
     """
 
-    def __init__(self, callers: Sequence[tuple[bytes, Caller]], anonymous: Caller) -> None:
+    def __init__(
+        self,
+        callers: Sequence[tuple[bytes, Caller]],
+        anonymous: Caller,
+        admin: tuple[bytes, Caller] | None = None,
+    ) -> None:
         self._callers = list(callers)
-        self._anonymous = anonymous
+        self._anonymous, self._admin = anonymous, admin
 
     @classmethod
     def of_config(cls, config: ServerConfig, clock: Clock = time.monotonic) -> Keys:
@@ -50,7 +56,10 @@ class Keys:
         if len({digest for digest, _, _ in found}) < len(found):
             raise ConfigError("the same API key is given twice: leave one out.")
         callers = [(digest, Caller(name, limits, clock)) for digest, name, limits in found]
-        return cls(callers, Caller(ANONYMOUS, usual, clock))
+        admin = None
+        if config.admin_key is not None:
+            admin = (_digest(config.admin_key), Caller(ADMIN, Allowance(), clock))
+        return cls(callers, Caller(ANONYMOUS, usual, clock), admin)
 
     @property
     def is_open(self) -> bool:
@@ -65,10 +74,7 @@ class Keys:
         """
         if self.is_open:
             return self._anonymous
-        scheme, _, key = (authorization or "").strip().partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not key:
-            raise missing_key()
+        key = _key_of(authorization)
         digest, found = _digest(key), None
         for known, caller in self._callers:  # all of them, so that time tells nothing
             if hmac.compare_digest(digest, known):
@@ -76,6 +82,27 @@ class Keys:
         if found is None:
             raise wrong_key(key)
         return found
+
+    def admin(self, authorization: str | None) -> Caller:
+        """Who may change what is served.
+
+        Raises:
+            ApiError: 401; 403 where nobody may.
+        """
+        if self._admin is None:
+            raise no_admin()
+        key = _key_of(authorization)
+        if not hmac.compare_digest(_digest(key), self._admin[0]):
+            raise wrong_key(key)
+        return self._admin[1]
+
+
+def _key_of(authorization: str | None) -> str:
+    scheme, _, key = (authorization or "").strip().partition(" ")
+    key = key.strip()
+    if scheme.lower() != "bearer" or not key:
+        raise missing_key()
+    return key
 
 
 def read_key_file(path: Path, usual: Allowance) -> list[tuple[bytes, str, Allowance]]:

@@ -7,36 +7,38 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.dialogue_format import TemplateFormat
-from mtnlg.serving.errors import unknown_model
 from mtnlg.serving.metrics import CONTENT_TYPE
 from mtnlg.serving.state import ServerState, state_of
 
 
 async def list_models(request: Request) -> JSONResponse:
-    """The models that can be asked: one."""
+    """The models that can be asked: the one, and it with each of its adapters."""
     state = state_of(request)
     state.check_ready()
-    return JSONResponse({"object": "list", "data": [_described(state)]})
+    adapters = state.backend.engine.adapters.loaded
+    data = [described(state), *(described(state, adapter) for adapter in adapters)]
+    return JSONResponse({"object": "list", "data": data})
 
 
 async def retrieve_model(model: str, request: Request) -> JSONResponse:
     """What is known of a model."""
     state = state_of(request)
     state.check_ready()
-    if model != state.backend.name:
-        raise unknown_model(model)
-    return JSONResponse(_described(state))
+    return JSONResponse(described(state, state.chosen_adapter(model)))
 
 
-def _described(state: ServerState) -> dict[str, Any]:
+def described(state: ServerState, adapter: LoadedAdapter | None = None) -> dict[str, Any]:
+    """The model, with an adapter or without, as the API shows it."""
     backend = state.backend
     return {
-        "id": backend.name,
+        "id": backend.name if adapter is None else adapter.name,
         "object": "model",
-        "created": backend.created,
+        "created": backend.created if adapter is None else adapter.loaded,
         "owned_by": "mtnlg",
-        "max_model_len": backend.engine.max_length,
+        "parent": None if adapter is None else backend.name,
+        "max_model_len": state.longest(adapter),
         "has_chat_template": isinstance(backend.form, TemplateFormat),
     }
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from mtnlg.config.errors import ConfigError, DataError
+from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.constraint import Constraint
 from mtnlg.generation.request import GenerationRequest
 from mtnlg.generation.sampling import SamplingRules
@@ -57,6 +58,17 @@ async def prompt_rows(
     return [None] * len(rows), rows
 
 
+def with_adapters_text(
+    prompt: str | list[str] | list[int] | list[list[int]], adapter: LoadedAdapter
+) -> str | list[str] | list[int] | list[list[int]]:
+    """Texts with what the adapter was trained to find around them; ids as they are."""
+    config = adapter.adapter.config
+    if isinstance(prompt, str):
+        return f"{config.prefix}{prompt}{config.suffix}"
+    texts = [text for text in prompt if isinstance(text, str)]
+    return [f"{config.prefix}{text}{config.suffix}" for text in texts] if texts else prompt
+
+
 async def text_ids(state: ServerState, text: str, param: str, parse_special: bool) -> list[int]:
     """Tokens of a text.
 
@@ -91,9 +103,15 @@ def _check_ids(state: ServerState, rows: Sequence[Sequence[int]], param: str) ->
             raise invalid(message, param, "invalid_value")
 
 
-def check_lengths(state: ServerState, rows: Sequence[Sequence[int]], wanted: int, param: str) -> None:
+def check_lengths(
+    state: ServerState,
+    rows: Sequence[Sequence[int]],
+    wanted: int,
+    param: str,
+    adapter: LoadedAdapter | None = None,
+) -> None:
     """Raise ApiError 400 where a prompt is empty, or does not fit the context with ``wanted`` more."""
-    limit = state.backend.engine.max_length
+    limit = state.longest(adapter)
     for ids in rows:
         if not ids:
             raise invalid(f"Invalid '{param}': it has no tokens. Give at least one.", param, "empty_prompt")
@@ -142,7 +160,9 @@ def stop_strings(body: Sampling) -> list[str]:
     return stop
 
 
-def base_request(state: ServerState, visit: Visit, body: Sampling) -> GenerationRequest:
+def base_request(
+    state: ServerState, visit: Visit, body: Sampling, adapter: LoadedAdapter | None
+) -> GenerationRequest:
     """What all sequences of a request have in common; the prompt is still to be put in."""
     limits = [seconds for seconds in (state.config.request_timeout_seconds, body.timeout) if seconds]
     return GenerationRequest(
@@ -153,6 +173,7 @@ def base_request(state: ServerState, visit: Visit, body: Sampling) -> Generation
         stop=stop_strings(body),
         include_stop=bool(body.include_stop_str_in_output),
         deadline_seconds=max(min(limits) - visit.seconds, 0.001) if limits else None,
+        adapter=None if adapter is None else adapter.name,
     )
 
 

@@ -43,6 +43,9 @@ Stop = Annotated[
 ]
 
 
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$"
+
+
 class Strict(BaseModel):
     """Types are taken as they are: ``"5"`` is no number."""
 
@@ -130,6 +133,15 @@ class EmbeddingRequest(Ignored):
     input: Prompt
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
+
+
+class AdapterRequest(Strict):
+    """Body of ``POST /v1/adapters``."""
+
+    name: Annotated[str, Field(pattern=ADAPTER_NAME)] = Field(description="What requests call it.")
+    path: str | None = Field(
+        None, description="Its folder in the server's --adapter-folder; null is its name."
+    )
 
 
 class TokenizeRequest(Strict):

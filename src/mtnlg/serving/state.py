@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 from starlette.requests import Request
 
+from mtnlg.config.errors import ConfigError
 from mtnlg.config.serving import ServerConfig
+from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.serving.backend import Backend
 from mtnlg.serving.errors import unavailable, unknown_model
 from mtnlg.serving.keys import Keys
@@ -78,10 +80,23 @@ class ServerState:
         assert self._wakeups is not None
         return self._wakeups
 
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 unless ``name`` is the model's, or ``None``."""
-        if name is not None and name != self.backend.name:
-            raise unknown_model(name)
+    def chosen_adapter(self, name: str | None) -> LoadedAdapter | None:
+        """The adapter that requests for the model ``name`` mean; ``None`` for the model itself.
+
+        Raises:
+            ApiError: 404: there is no model of this name.
+        """
+        if name is None or name == self.backend.name:
+            return None
+        try:
+            return self.backend.engine.adapters.get(name)
+        except ConfigError as error:
+            raise unknown_model(name) from error
+
+    def longest(self, adapter: LoadedAdapter | None) -> int:
+        """Most tokens of prompt and answer: virtual tokens of an adapter take some."""
+        engine = self.backend.engine
+        return engine.max_length if adapter is None else engine.longest(adapter.name)
 
     def seconds_until_free(self) -> int:
         """When somebody who was refused should come again: about as long as the queue took of late."""

@@ -21,7 +21,7 @@ MESSAGES = TypeAdapter(list[Message])
 async def tokenize(body: TokenizeRequest, request: Request) -> JSONResponse:
     """Token ids of a text, or of a conversation as the template lays it out."""
     state = state_of(request)
-    state.check_model(body.model)
+    state.chosen_adapter(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("Give either 'prompt' or 'messages'.", "prompt", "missing_required_parameter")
     if body.messages is not None:
@@ -48,7 +48,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> JSONResponse:
 async def detokenize(body: DetokenizeRequest, request: Request) -> JSONResponse:
     """The text of token ids."""
     state = state_of(request)
-    state.check_model(body.model)
+    state.chosen_adapter(body.model)
     size = state.backend.vocab_size
     if body.tokens and max(body.tokens) >= size:
         message = f"Invalid 'tokens': token {max(body.tokens)} is not in the vocabulary (0 to {size - 1})."
