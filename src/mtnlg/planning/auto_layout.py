@@ -42,6 +42,7 @@ class _Task:
     batch: BatchConfig
     precision: PrecisionConfig
     training: TrainingConfig
+    target_length: int = 0
 
     def micro_batches(self, layout: LayoutConfig) -> int:
         replicas = layout.data_parallel_size or 1
@@ -57,13 +58,14 @@ class _Task:
     def is_valid(self, layout: LayoutConfig) -> bool:
         micro_batches = self.micro_batches(layout)
         fixed = (self.model, self.sequence_length, micro_batches, self.training, self.precision)
+        if layout.sequence_parallel and self.target_length % layout.tensor_parallel_size:
+            return False
         return not layout_problems(layout, *fixed)
 
     def memory(self, layout: LayoutConfig) -> MemoryNeed:
         rows, count = self.batch.micro_batch_size, self.micro_batches(layout)
-        return memory_of_rank(
-            layout, self.model, self.sequence_length, rows, count, self.precision, self.training
-        )
+        fixed = (self.precision, self.training, self.target_length)
+        return memory_of_rank(layout, self.model, self.sequence_length, rows, count, *fixed)
 
 
 def choose_layout(
@@ -77,6 +79,7 @@ def choose_layout(
     training: TrainingConfig | None = None,
     base: LayoutConfig | None = None,
     may_leave_devices_idle: bool = True,
+    target_length: int = 0,
 ) -> tuple[LayoutConfig, list[str]]:
     """The layout that divides the model least among those that fit.
 
@@ -92,6 +95,7 @@ def choose_layout(
         base: settings besides the sizes; ``None`` is the defaults.
         may_leave_devices_idle: take fewer devices where the batch does not divide over all of them;
             a launcher's ranks must all be used.
+        target_length: tokens that an encoder-decoder writes of each sample.
 
     Returns:
         The layout, and sentences that say why.
@@ -99,9 +103,8 @@ def choose_layout(
     Raises:
         ConfigError: no layout of these devices fits; the message says what the best one would need.
     """
-    task = _Task(
-        model, sequence_length, batch, precision or PrecisionConfig(), training or TrainingConfig()
-    )
+    numbers, switches = precision or PrecisionConfig(), training or TrainingConfig()
+    task = _Task(model, sequence_length, batch, numbers, switches, target_length)
     base = replace(base or LayoutConfig(), auto=False)
     limit = USABLE_SHARE * device_memory_bytes
     reasons = [_what_is_there(task, devices, devices_per_node, device_memory_bytes)]
@@ -158,6 +161,7 @@ def resolve_auto_layout(config: RunConfig) -> tuple[RunConfig, list[str]]:
         config.training,
         config.layout,
         may_leave_devices_idle=present is None,
+        target_length=config.data.target_length(config.model.has_encoder),
     )
     return replace(config, layout=layout), reasons
 

@@ -15,6 +15,9 @@ GRADIENT_BYTES = 4
 # for attention scores is not kept here: attention is computed in blocks.
 NUMBERS_PER_ELEMENT = 16
 MASK_BYTES_PER_ELEMENT = 2
+# Cross attention keeps five more for each element of the target (its norm's and its queries' inputs, the
+# queries, what it gives, and the stream), and its keys and values of the source.
+CROSS_NUMBERS_PER_ELEMENT = 5
 # Equation 2: of 34, tensor parallelism alone leaves 10 (norms, dropouts, inputs) whole on each rank.
 WHOLE_SHARE = 10 / 34
 
@@ -49,6 +52,7 @@ def memory_of_rank(
     micro_batches: int,
     precision: PrecisionConfig,
     training: TrainingConfig,
+    target_length: int = 0,
 ) -> MemoryNeed:
     """What the fullest rank of ``layout`` holds, bytes.
 
@@ -60,6 +64,7 @@ def memory_of_rank(
         micro_batches: of each replica in a step.
         precision: number formats.
         training: recomputation.
+        target_length: tokens that an encoder-decoder writes of each sample.
     """
     number = 4 if precision.dtype == "float32" else 2
     parameters = _most_parameters(layout, model)
@@ -71,6 +76,13 @@ def memory_of_rank(
     # gradients on at once, ZeRO-3 and hybrid sharding weights too.
     has_copy = number < 4 or shards > 1
     copy = number * has_copy * (layout.data_parallel_sharding not in ("zero3", "hybrid"))
+    fixed = (micro_batches, number, training)
+    if model.has_encoder:
+        activations = _pair_activations(
+            layout, model, micro_batch_size, (sequence_length, target_length), *fixed
+        )
+    else:
+        activations = _activations(layout, model, sequence_length * micro_batch_size, *fixed)
     whole_gradients = layout.data_parallel_sharding in ("ddp", "zero1") and replicas > 1
     return MemoryNeed(
         weights=parameters * (copy + MASTER_BYTES / shards),
@@ -78,16 +90,14 @@ def memory_of_rank(
         * GRADIENT_BYTES
         * (whole_gradients + 1 / shards * (shards > 1 or not whole_gradients)),
         optimizer=parameters * ADAMW_BYTES / shards,
-        activations=_activations(
-            layout, model, sequence_length * micro_batch_size, micro_batches, number, training
-        ),
+        activations=activations,
     )
 
 
 def _most_parameters(layout: LayoutConfig, model: MegatronModelConfig) -> float:
     """Parameters of the fullest rank, before they are shared out over replicas."""
     experts = layout.expert_parallel_size
-    ends = model.num_parameters - sum(map(model.num_parameters_of_layer, range(model.num_hidden_layers)))
+    ends = model.num_parameters - sum(map(model.num_parameters_of_layer, range(model.total_layers)))
     sizes = [_layers_parameters(model, layers, experts) for layers in layers_of_stages(model, layout)]
     of_ranks = [
         sum(sizes[stage] for stage in layout.stages_of_rank(rank))
@@ -139,3 +149,43 @@ def _activations(
     if training.activation_recomputation == "budget":
         layer *= training.activation_memory_budget
     return layers * layer
+
+
+def _pair_activations(
+    layout: LayoutConfig,
+    model: MegatronModelConfig,
+    rows: int,
+    lengths: tuple[int, int],
+    micro_batches: int,
+    number: int,
+    training: TrainingConfig,
+) -> float:
+    """Bytes that the fullest pipeline rank of an encoder-decoder keeps: rank r of n holds n - r in flight.
+
+    Relative positions are trained: attention with them keeps its scores, [heads, sequence, sequence].
+    """
+    share = 1.0 / layout.tensor_parallel_size
+    between = share if layout.sequence_parallel else WHOLE_SHARE + (1.0 - WHOLE_SHARE) * share
+    element = NUMBERS_PER_ELEMENT * number + MASK_BYTES_PER_ELEMENT * (model.hidden_dropout > 0.0)
+    source, target = (rows * length * model.hidden_size for length in lengths)
+    scores = [rows * model.num_attention_heads * length**2 * number * share for length in lengths]
+    read = 2 * rows * lengths[0] * model.key_value_heads * model.head_size * number * share
+    encoder = source * element * between + scores[0]
+    decoder = target * (element + CROSS_NUMBERS_PER_ELEMENT * number) * between + scores[1] + read
+    largest = max(encoder, decoder)
+    if training.activation_recomputation == "full":
+        encoder, decoder = (
+            elements * number * (share if layout.sequence_parallel else 1.0)
+            for elements in (source, target)
+        )
+    else:
+        largest = 0.0  # of the layer that is being computed again
+    if training.activation_recomputation == "budget":
+        encoder, decoder = (kept * training.activation_memory_budget for kept in (encoder, decoder))
+    stages = layers_of_stages(model, layout)
+    of_ranks = []
+    for rank in range(layout.pipeline_parallel_size):
+        mine = [index for stage in layout.stages_of_rank(rank) for index in stages[stage]]
+        kept = sum(encoder if index < model.num_hidden_layers else decoder for index in mine)
+        of_ranks.append(kept * min(layout.pipeline_parallel_size - rank, micro_batches))
+    return max(of_ranks) + largest
