@@ -112,6 +112,20 @@ def test_adapters_are_saved_alone_and_only_they_change(folder):
     assert size < base / 4
 
 
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_the_run_of_an_adapter_is_its_base_with_the_adapter(folder, method):
+    """As a run and as the adapter's folder beside it, with the validation loss that training measured."""
+    config = prepared(small_tuning(folder, {"method": method}, run_dir=str(folder / f"model-{method}")))
+    result = tune_here(config)
+    stream = Tuning().validation_stream(config, None)
+    batch = stream.batch(0, stream.num_samples)
+    for path in (config.run_dir, f"{config.run_dir}/adapter"):
+        model = MegatronLmModel.from_pretrained(path)
+        assert model.tokenizer.chat_template is not None
+        loss = mean_loss(model, batch)
+        assert loss == pytest.approx(result.validation_loss, rel=1e-5)
+
+
 def test_the_tuned_run_is_a_model_that_answers(folder, tmp_path):
     """Overfitted on one answer, it gives it, through the template that was saved along."""
     lines = write_lines(tmp_path / "chats.jsonl", [conversations()[0]] * 4)

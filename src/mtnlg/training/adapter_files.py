@@ -47,8 +47,8 @@ def with_adapter(base: ModelFiles, folder: Path) -> ModelFiles:
     return replace(
         base,
         tokenizer=tokenizer,
-        read=partial(_read, base, adapter, str(folder)),
-        stream=partial(_stream, base, adapter, str(folder)),
+        read=partial(read_merged, base, adapter, str(folder)),
+        stream=partial(stream_merged, base, adapter, str(folder)),
         adapter=adapter,
         base=base,
     )
@@ -72,14 +72,16 @@ def merged(name: str, weight: Tensor, adapter: Adapter) -> Tensor:
     return total.to(weight.dtype)
 
 
-def _read(base: ModelFiles, adapter: Adapter, where: str) -> dict[str, Tensor]:
+def read_merged(base: ModelFiles, adapter: Adapter, where: str) -> dict[str, Tensor]:
+    """All weights of ``base`` with ``adapter`` in them; ``where`` is the adapter's name in errors."""
     _check(base, adapter, where)
     return {name: merged(name, tensor, adapter) for name, tensor in base.read().items()}
 
 
-def _stream(
+def stream_merged(
     base: ModelFiles, adapter: Adapter, where: str, names: Collection[str], cut: Cut | None = None
 ) -> Iterator[tuple[str, Tensor]]:
+    """The same for the weights of some names, one in memory at a time."""
     _check(base, adapter, where)
     changed = {name for name in names if name.removesuffix(".weight") in adapter.low_rank}
     for name, tensor in base.stream(frozenset(changed)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from mtnlg.interop.quantized import (
 from mtnlg.tokens import Tokenizer
 from mtnlg.training.adapter_files import with_adapter
 from mtnlg.training.saved_run import is_checkpoint, is_run, open_checkpoint, open_run
+from mtnlg.training.tuned_run import base_of_run, with_saved_adapter
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
     if is_checkpoint(folder) or is_run(folder):
         saved = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder)
         tokenizer = _read_tokenizer(saved.tokenizer_dir)
+        if (base := base_of_run(saved)) is not None:
+            return replace(with_saved_adapter(open_model_files(base), saved), tokenizer=tokenizer)
         return ModelFiles(saved.config, tokenizer, saved.read_weights, saved.stream_weights)
     if is_adapter(folder):
         return with_adapter(_open_base(folder), folder)

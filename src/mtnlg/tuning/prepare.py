@@ -77,6 +77,8 @@ def prepare_tuning(config: RunConfig, progress: Progress, tell: Callable[[str], 
     tell((run_dir / REPORT).read_text(encoding="utf-8"))
     path = str((run_dir / "tokenizer").absolute())
     config = replace(config, tokenizer=replace(config.tokenizer, path=path))
+    if Path(tuning.base).is_dir():  # whoever opens the run may stand elsewhere
+        config = replace(config, tuning=replace(tuning, base=str(Path(tuning.base).absolute())))
     config = _with_steps(config, train)
     check_begun_run(config)  # before config.yaml is written over
     save_run_config(config, run_dir / "config.yaml")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
 from mtnlg.config import RunConfig
 from mtnlg.config.progress import Progress
+from mtnlg.interop.peft import write_adapter
 from mtnlg.model.adapters import is_of_adapter
 from mtnlg.parallel.adapters import start_laid_out_adapter
 from mtnlg.parallel.apply import lay_out
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.tokens import Tokenizer
+from mtnlg.training.adapter_files import base_fingerprint
 from mtnlg.training.model_files import open_model_files
+from mtnlg.training.saved_run import open_run
+from mtnlg.training.tuned_run import saved_adapter
 from mtnlg.training.work import Stream, Work
 from mtnlg.tuning.distillation import learn_from_teacher
 from mtnlg.tuning.example_file import ExampleFile
@@ -26,6 +31,8 @@ from mtnlg.tuning.prepare import (
     tuning_of,
     validation_stream,
 )
+
+ADAPTER_FOLDER = "adapter"  # in a run's folder
 
 
 def _say_nothing(_report: str) -> None:
@@ -87,3 +94,14 @@ class Tuning(Work):
             return weights
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return {name: tensor for name, tensor in weights.items() if name in trained}
+
+    def finish(self, config: RunConfig, model: ParallelModel, mesh: Mesh) -> None:
+        """Write the adapter as a folder of its own, which PEFT, the server and ``MODEL`` take."""
+        tuning = tuning_of(config)
+        if not tuning.trains_adapter or not mesh.is_main:
+            return
+        base = open_model_files(tuning.base)
+        adapter = saved_adapter(open_run(Path(config.run_dir)), base_fingerprint(base))
+        folder = Path(config.run_dir) / ADAPTER_FOLDER
+        write_adapter(folder, adapter, config.model, tuning.base)
+        Tokenizer.from_pretrained(str(config.tokenizer.path)).save_pretrained(folder)
