@@ -146,6 +146,7 @@ def test_a_run_trains_the_virtual_tokens_alone_and_goes_on_where_it_was(tmp_path
     changed = {name for name in kept[0] if not torch.equal(kept[0][name], kept[-1][name])}
     assert changed == {PROMPT_NAME}  # after 2 and 6 steps: the only update was the fourth step's
     assert torch.equal(kept[1][PROMPT_NAME], kept[2][PROMPT_NAME])  # after 4 and 6
+    (tmp_path / "other").mkdir()
     at_once = replace(run, run_dir=str(tmp_path / "other"), stop=replace(run.stop, steps=8))
     train_here(at_once)
     train_here(replace(run, stop=replace(run.stop, steps=8)))  # from step 6, with two gradients kept
