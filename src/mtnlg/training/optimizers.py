@@ -146,7 +146,10 @@ def _grouped(
         if not parameter.requires_grad:
             continue
         kind = "decay" if parameter.ndim >= 2 else "plain"
-        if config.name == "muon" and name.startswith("layers.") and parameter.ndim >= 2:
+        is_table = name.endswith(
+            "positions.buckets.weight"
+        )  # a number for each head, which nothing multiplies
+        if config.name == "muon" and name.startswith("layers.") and parameter.ndim >= 2 and not is_table:
             kind = "muon"
         if adapter is not None and is_of_virtual(name):
             kind = "virtual"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtnlg.config import RunConfig
 from mtnlg.generation import SamplingRules, generate
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import LanguageModel, MegatronEncoderDecoder, MegatronLmDecoder
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.parallel.weights import whole_tensor
 from mtnlg.tokens.tokenizer import Tokenizer
@@ -39,10 +39,8 @@ def write_samples(
         return
     tokenizer = Tokenizer.from_pretrained(Path(config.run_dir) / "tokenizer")
     rules = SamplingRules(temperature=TEMPERATURE, top_p=TOP_P, seed=config.seed)
-    ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
-    end_ids = [tokenizer.end_of_text_id]
-    longest = config.model.max_position_embeddings - config.evaluation.sample_tokens
-    ids = [tokens[-max(1, longest) :] for tokens in ids]
+    ids = prompt_ids(prompts, tokenizer, config)
+    end_ids = [config.model.eos_token_id if config.model.has_encoder else tokenizer.end_of_text_id]
     continuations = generate(
         decoder, ids, rules, max_new_tokens=config.evaluation.sample_tokens, end_ids=end_ids
     )
@@ -50,7 +48,19 @@ def write_samples(
         on_sample(Sample(step, prompt, tokenizer.decode(continuation.new_ids)))
 
 
-def gather_decoder(model: ParallelModel) -> MegatronLmDecoder | None:
+def prompt_ids(prompts: Sequence[str], tokenizer: Tokenizer, config: RunConfig) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    What an encoder reads is what it reads in training: sentinels by their names, and the end behind.
+    """
+    if config.model.has_encoder:
+        end = [] if config.data.objective.name == "prefix_lm" else [config.model.eos_token_id]
+        return [[*tokenizer.encode(prompt, allow_special=True), *end] for prompt in prompts]
+    longest = config.model.max_position_embeddings - config.evaluation.sample_tokens
+    return [tokenizer.encode(prompt)[-max(1, longest) :] for prompt in prompts]
+
+
+def gather_decoder(model: ParallelModel) -> LanguageModel | None:
     """The whole plain model on rank 0, ``None`` elsewhere; every rank calls this."""
     mesh = model.mesh
     ours: dict[str, Tensor] = {}
@@ -63,7 +73,8 @@ def gather_decoder(model: ParallelModel) -> MegatronLmDecoder | None:
     if stages is None:
         return None
     with torch.device("meta"):
-        decoder = MegatronLmDecoder(model.config)
+        kind = MegatronEncoderDecoder if model.config.has_encoder else MegatronLmDecoder
+        decoder: LanguageModel = kind(model.config)
     decoder.to_empty(device="cpu")
     decoder.tie_weights()
     state = {name: tensor for stage in stages for name, tensor in stage.items()}
