@@ -110,6 +110,19 @@ def quantize_problems(quantize: bool, config: Mapping[str, Any] | None) -> list[
     return []
 
 
+def aware_problems(quantize: bool, tensor_parallel_size: int, is_fp8: bool) -> list[str]:
+    """What a run that trains a quantized model cannot have beside it."""
+    problems = []
+    if quantize and tensor_parallel_size > 1:
+        problems.append(
+            f"layout.tensor_parallel_size is {tensor_parallel_size}: with model.quantize the matrices are "
+            "rounded whole; use pipeline or data parallelism."
+        )
+    if quantize and is_fp8:
+        problems.append("precision.fp8 is true: with model.quantize the products are rounded already.")
+    return problems
+
+
 def with_quantization(
     model: MegatronModelConfig, asked: bool | Mapping[str, Any] | QuantizeConfig | None
 ) -> MegatronModelConfig:

@@ -14,6 +14,7 @@ from mtnlg.config.layout_rules import layout_problems
 from mtnlg.config.model import MegatronModelConfig
 from mtnlg.config.objective_rules import objective_problems
 from mtnlg.config.prompt_tuning import prompt_adapter
+from mtnlg.config.quantize import aware_problems
 from mtnlg.config.training import (
     BatchConfig,
     CheckpointConfig,
@@ -133,4 +134,6 @@ def cross_section_problems(
     # Steps of a ramp may have other numbers of micro-batches: they run a schedule that takes any.
     micro_batches = max(1, batch.global_batch_size // (batch.micro_batch_size * replicas))
     problems += layout_problems(layout, model, length, micro_batches, training, precision)
+    is_fp8 = precision is not None and precision.fp8
+    problems += aware_problems(model.quantize, layout.tensor_parallel_size, is_fp8)
     return problems + objective_problems(model, data, layout)

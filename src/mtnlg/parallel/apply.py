@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 
 from mtnlg.config import MegatronModelConfig, PrecisionConfig, TrainingConfig
 from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.pipeline_rules import splits_backward
 from mtnlg.config.prompt_tuning import prompt_adapter
+from mtnlg.config.quantize import QuantizeConfig
 from mtnlg.model import MegatronEncoderDecoder, MegatronLmDecoder
 from mtnlg.parallel.adapters import lay_out_adapter
 from mtnlg.parallel.async_tensor import use_async_tensor_parallel
 from mtnlg.parallel.context import share_context
 from mtnlg.parallel.cpu_kernels import use_cpu_kernels
+from mtnlg.parallel.cpu_linear import onednn_linear
 from mtnlg.parallel.data import make_memory, shard_over_replicas
 from mtnlg.parallel.dropout import separate_attention_dropout
 from mtnlg.parallel.encoder_decoder import PairStage, cut_pair_stage, separate_pair_dropout, split_pair
@@ -27,6 +30,7 @@ from mtnlg.parallel.recompute import recompute_activations
 from mtnlg.parallel.stage import Stage
 from mtnlg.parallel.tensor import split_matrices
 from mtnlg.parallel.weights import initialize
+from mtnlg.quantization import round_in_training
 
 
 def lay_out(
@@ -82,6 +86,10 @@ def _lay_out_stage(
         )
     if float8 is not None and mesh.tensor_size == 1:
         use_float8(decoder, float8)
+    if config.quantize and adapter is None:
+        whole = mesh.device.type == "cpu" and not splits_backward(mesh.layout)
+        numbers = QuantizeConfig.from_dict(config.quantize_config)
+        round_in_training(decoder, numbers, onednn_linear if whole else F.linear)
     if splits_backward(mesh.layout):
         keep_loss_for_two_passes(decoder)
     divide_experts(decoder, mesh)

@@ -1,5 +1,6 @@
 """Weights in few bits: linear layers over integers, and how the integers are chosen."""
 
+from mtnlg.quantization.aware import round_in_training
 from mtnlg.quantization.calibration import METHODS, calibrate
 from mtnlg.quantization.linear import QuantizedLinear
 from mtnlg.quantization.model import (
@@ -23,4 +24,5 @@ __all__ = [
     "quantize",
     "quantize_model",
     "quantized_linears",
+    "round_in_training",
 ]

@@ -3,8 +3,8 @@
 A row w of a matrix is rounded input by input; what input q loses, the inputs that are still to come take
 over so that the outputs on the calibration text change least:
 w_F -= (w_q - said_q) / [H_F⁻¹]_qq · (H_F⁻¹)_q with H = X Xᵀ of the layer's inputs. The inverses of all
-steps are rows of one Cholesky factor. Inputs with the largest H_qq go first; scales are set before, so that the
-order needs not be kept.
+steps are rows of one Cholesky factor. Inputs with the largest H_qq go first; scales are set before, so that
+the order needs not be kept.
 """
 
 from __future__ import annotations
