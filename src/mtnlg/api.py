@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import torch
 from torch import Tensor
 
-from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
+from mtnlg.config import ConfigError, MegatronModelConfig
 from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.prompt_tuning import prompt_adapter
 from mtnlg.config.quantize import QuantizeConfig, with_quantization
+from mtnlg.encoder_decoder import MegatronEncoderDecoderModel, check_weights
 from mtnlg.generation import Engine
 from mtnlg.generation.answers import answer
 from mtnlg.generation.keeper import EngineKeeper
@@ -56,6 +57,8 @@ class MegatronLmModel(MegatronLmDecoder):
     def __init__(
         self, config: MegatronModelConfig, tokenizer: Tokenizer | None = None, seed: int = 1234
     ) -> None:
+        if config.architecture != "decoder":
+            raise ConfigError(f"architecture is {config.architecture!r}: use MegatronEncoderDecoderModel.")
         super().__init__(config)
         self.tokenizer = tokenizer
         # What engines run a model with whose weights are on other ranks; ``None``: they are here.
@@ -105,6 +108,8 @@ class MegatronLmModel(MegatronLmDecoder):
     ) -> MegatronLmModel:
         """A trained model with its tokenizer, in evaluation mode.
 
+        An encoder-decoder comes as :class:`~mtnlg.encoder_decoder.MegatronEncoderDecoderModel`.
+
         Args:
             name_or_path: the folder of a run (its newest whole checkpoint), one checkpoint, a Hugging
                 Face folder (GPT-2, Llama, Qwen2, Qwen3, Mixtral, Qwen3-MoE, GLM-4-MoE), a name on the
@@ -121,12 +126,15 @@ class MegatronLmModel(MegatronLmDecoder):
         from mtnlg.training.model_files import open_model_files
 
         files = open_model_files(name_or_path)
+        if files.config.architecture == "encoder_decoder":
+            options = (str(name_or_path), device, dtype, quantize)
+            return cast(MegatronLmModel, MegatronEncoderDecoderModel.from_files(files, *options))
         plain = files.base or files
         with torch.device("meta"), NoInitialization():
             model = cls(with_quantization(plain.config, quantize))
         weights = {name: converted(name, tensor, device, dtype) for name, tensor in plain.read().items()}
         weights = codes_of_weights(model, weights)
-        _check_weights(model, weights, str(name_or_path))
+        check_weights(model, weights, str(name_or_path))
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
         model.tokenizer = files.tokenizer
@@ -297,18 +305,3 @@ class MegatronLmModel(MegatronLmDecoder):
         """
         decode = None if self.tokenizer is None else self.tokenizer.decode
         return Engine(self, decode, config or self.engine_config, draft_model=self.draft_model)
-
-
-def _check_weights(model: MegatronLmDecoder, weights: dict[str, Tensor], where: str) -> None:
-    """Say in plain words what does not fit, before torch says it in its own."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
-    problems += [f"{name} is not the model's" for name in weights.keys() - expected.keys()]
-    problems += [
-        f"{name} has the shape {list(weights[name].shape)}, the model's is {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:6])
-        raise CheckpointError(f"{where}: the weights do not fit the config: {shown}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from mtnlg.config import CheckpointError
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "spiece.model"]
 
 
 def looks_like_hub_name(name: str) -> bool:

@@ -222,7 +222,9 @@ class MegatronEncoderDecoder(nn.Module):
 
     def tie_weights(self) -> None:
         """Make the head share the token embedding's matrix, where the config says so."""
-        if self.config.tie_word_embeddings and self.embedding is not None and self.head is not None:
+        if not self.config.tie_word_embeddings or self.embedding is None or self.head is None:
+            return
+        if isinstance(self.head.output, nn.Linear):  # and not exchanged for another kind of module
             self.head.output.weight = self.embedding.tokens.weight
 
     def forward(

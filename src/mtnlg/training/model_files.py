@@ -29,6 +29,8 @@ from mtnlg.interop.quantized import (
     stream_quantized,
 )
 from mtnlg.tokens import Tokenizer
+from mtnlg.tokens.sentencepiece_file import FILE_NAME as SENTENCEPIECE_NAME
+from mtnlg.tokens.t5_tokenizer import T5Tokenizer
 from mtnlg.training.adapter_files import with_adapter
 from mtnlg.training.saved_run import is_checkpoint, is_run, open_checkpoint, open_run
 from mtnlg.training.tuned_run import base_of_run, with_saved_adapter
@@ -87,7 +89,7 @@ def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
         return ModelFiles(config, _read_tokenizer(folder), read, stream)
     config = read_config(folder)
     read, stream = partial(read_weights, folder, config), partial(stream_weights, folder, config)
-    return ModelFiles(config, _read_tokenizer(folder), read, stream)
+    return ModelFiles(config, _read_tokenizer(folder, config), read, stream)
 
 
 def _open_base(folder: Path) -> ModelFiles:
@@ -115,7 +117,10 @@ def _from_elsewhere(name_or_path: str | os.PathLike[str]) -> Path:
     raise CheckpointError(f"{path}: there is no such folder{hint}")
 
 
-def _read_tokenizer(folder: Path | None) -> Tokenizer | None:
+def _read_tokenizer(folder: Path | None, config: MegatronModelConfig | None = None) -> Tokenizer | None:
+    if folder is not None and config is not None and config.architecture == "encoder_decoder":
+        is_there = any((folder / one).is_file() for one in ("tokenizer.json", SENTENCEPIECE_NAME))
+        return T5Tokenizer.from_pretrained(folder) if is_there else None
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     return Tokenizer.from_pretrained(folder)
