@@ -87,6 +87,7 @@ def test_settings_that_the_page_names_exist():
     from mtnlg.config.check import field_types, setting_names
 
     names = set(setting_names(RunConfig))
+    names |= {name.rpartition(".")[0] for name in names}  # sections inside of sections
     sections = "|".join(field_types(RunConfig))
     named = re.findall(rf"\b(?:{sections})\.[a-z_]+\b", PAGE)
     assert {name for name in named if name not in names} == set()
