@@ -38,6 +38,49 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": LLAMA | dict(attention_bias=True, attention_output_bias=False, num_key_value_heads=1),
     "qwen3": LLAMA | dict(qk_normalization=True, head_dim=16),
     "mixtral": LLAMA | dict(num_experts=4, moe_intermediate_size=24),
+    "mistral": LLAMA | dict(num_key_value_heads=2, sliding_window=7),
+    "llama3": LLAMA
+    | dict(
+        rotary_scaling=dict(
+            rope_type="llama3",
+            factor=4.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        )
+    ),
+    "gpt-neox": dict(position_embedding="rotary", rotary_percent=0.5, parallel_residual=True),
+    "opt-350m": dict(position_offset=2, norm_placement="after", embedding_size=20),
+    "bloom": dict(position_embedding="alibi", embedding_norm=True),
+    "gemma2": LLAMA
+    | dict(
+        normalization="rmsnorm_1p",
+        norm_placement="around",
+        embedding_scale=3.0,
+        logit_softcap=2.0,
+        attention_softcap=1.5,
+        attention_scalar=5.0,
+        sliding_window=6,
+        full_attention_layers=[1],
+        num_key_value_heads=2,
+    ),
+    "gemma3": LLAMA
+    | dict(
+        normalization="rmsnorm_1p",
+        norm_placement="around",
+        qk_normalization=True,
+        rotary_local_base=100.0,
+        sliding_window=6,
+        full_attention_layers=[0],
+    ),
+    "qwen2-moe": LLAMA
+    | dict(
+        num_experts=4,
+        moe_intermediate_size=24,
+        num_shared_experts=1,
+        shared_expert_intermediate_size=20,
+        shared_expert_gate=True,
+    ),
     "deepseek": LLAMA
     | dict(
         num_experts=6,

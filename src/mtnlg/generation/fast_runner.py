@@ -16,8 +16,10 @@ from mtnlg.generation.prepared import PreparedDecoder
 from mtnlg.generation.quantized_linears import have_kernel_for
 from mtnlg.generation.row_counts import filled_up
 from mtnlg.generation.runner import PAGE_SIZE, Row
+from mtnlg.generation.scored_attention import attend_scored
 from mtnlg.generation.step_plan import Piece, StepPlan, plan_step
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.model.attention_scores import ScoredAttention
 
 
 class FastRunner:
@@ -48,7 +50,7 @@ class FastRunner:
     ) -> None:
         self.model, self.num_pages, self.page_size = model, num_pages, page_size
         config, parameter = model.config, next(model.parameters())
-        self.vocab_size, self.max_length = config.vocab_size, config.max_position_embeddings
+        self.vocab_size, self.max_length = config.vocab_size, config.max_cached_length
         self.device, self.dtype = parameter.device, dtype or parameter.dtype
         self.is_invariant = deterministic
         self.takes_adapters = True
@@ -128,11 +130,12 @@ class FastRunner:
         plan = plan_step(rows, self.page_size, self._fewest_of(rows), self.is_invariant, self.device)
 
         mixer = self._mix(rows, plan)
+        scores = self._decoder.scores
 
         def attend(layer: int, projected: Tensor) -> Tensor:
             if mixer is not None:
                 mixer.put_prefixes(layer, projected)
-            return attend_rows(plan, self.kernel, self._pools[layer], projected)
+            return attend_rows(plan, self.kernel, self._pools[layer], projected, scores[layer])
 
         return plan, self._decoder.hidden(plan.ids, plan.positions, attend)
 
@@ -145,7 +148,13 @@ class FastRunner:
         return self._mixer
 
 
-def attend_rows(plan: StepPlan, kernel: AttentionKernel, pool: PagePool, projected: Tensor) -> Tensor:
+def attend_rows(
+    plan: StepPlan,
+    kernel: AttentionKernel,
+    pool: PagePool,
+    projected: Tensor,
+    scores: ScoredAttention | None = None,
+) -> Tensor:
     """Attention of all new tokens of a step, each over its own sequence; their keys are filed first.
 
     A model over ranks (:mod:`~mtnlg.generation.stage_runner`) attends with it too.
@@ -155,11 +164,12 @@ def attend_rows(plan: StepPlan, kernel: AttentionKernel, pool: PagePool, project
         kernel: for single tokens.
         pool: pages of the layer.
         projected: [tokens, (heads + 2 · key_value_heads) · head_dim]: queries, keys, values.
+        scores: what the layer does with its scores besides; ``None`` is nothing.
 
     Returns:
         [tokens, heads · head_dim]
     """
-    if kernel.step is not None and len(plan.singles) == 1 and not plan.pieces:
+    if scores is None and kernel.step is not None and len(plan.singles) == 1 and not plan.pieces:
         group, to = plan.singles[0], (plan.pages, plan.places)
         return kernel.step(projected, pool.keys, pool.values, *to, group.pages, group.lengths)
     heads, head_size = pool.keys.shape[1:3]
@@ -171,14 +181,22 @@ def attend_rows(plan: StepPlan, kernel: AttentionKernel, pool: PagePool, project
     grouped = query.unflatten(1, (heads, -1))  # [tokens, key_value_heads, queries, head_dim]
     context = torch.zeros_like(query)
     for group in plan.singles:
-        found = kernel(grouped[group.tokens], pool, group.pages, group.lengths)
+        mine = grouped[group.tokens], pool, group.pages, group.lengths
+        found = kernel(*mine) if scores is None else attend_scored(scores, kernel.is_invariant, *mine)
         context[group.tokens] = found.flatten(1, 2)
     for piece in plan.pieces:
-        context[piece.tokens] = attend_piece(piece, pool, query, key, value)
+        context[piece.tokens] = attend_piece(piece, pool, query, key, value, scores)
     return context.flatten(1)
 
 
-def attend_piece(piece: Piece, pool: PagePool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend_piece(
+    piece: Piece,
+    pool: PagePool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: ScoredAttention | None = None,
+) -> Tensor:
     """Attention of many new tokens of one row.
 
     Args:
@@ -187,6 +205,7 @@ def attend_piece(piece: Piece, pool: PagePool, query: Tensor, key: Tensor, value
         query: [tokens of the step, heads, head_dim].
         key: [tokens of the step, key_value_heads, head_dim].
         value: likewise.
+        scores: see :func:`attend_rows`.
 
     Returns:
         [tokens of the piece, heads, head_dim]
@@ -200,6 +219,9 @@ def attend_piece(piece: Piece, pool: PagePool, query: Tensor, key: Tensor, value
     mask = None
     if piece.start:
         mask = torch.ones(num_new, piece.end, dtype=torch.bool, device=query.device).tril(piece.start)
+    if scores is not None:
+        seen = None if mask is None else mask[None, None]
+        return scores(queries[None], keys[None], values[None], seen)[0].transpose(0, 1)
     found = F.scaled_dot_product_attention(
         queries[None],
         keys[None],

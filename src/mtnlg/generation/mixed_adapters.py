@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.linears import Linear
-from mtnlg.generation.prepared import PreparedDecoder, PreparedMlp
+from mtnlg.generation.prepared import PreparedDecoder
+from mtnlg.generation.prepared_blocks import PreparedMlp
 from mtnlg.generation.runner import Row
 from mtnlg.generation.step_plan import StepPlan
 from mtnlg.model import MegatronLmDecoder

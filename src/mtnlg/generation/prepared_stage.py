@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtnlg.generation.linears import Linear, fewest_rows, make_linear
-from mtnlg.generation.prepared import Attend, PreparedExperts, PreparedLayer, PreparedMlp, PreparedNorm
+from mtnlg.generation.prepared import prepared_head
+from mtnlg.generation.prepared_blocks import PreparedExperts, PreparedMlp, PreparedNorm
+from mtnlg.generation.prepared_layers import Attend, PreparedLayer, TokenRotations, prepare_layer
 from mtnlg.model import DecoderLayer, MegatronLmDecoder
 from mtnlg.model.mlp import ACTIVATION_FUNCTIONS
-from mtnlg.model.positions import rotation_angles
 from mtnlg.parallel.inference import local_heads
 from mtnlg.parallel.mesh import Mesh
 
@@ -115,7 +116,7 @@ class PreparedStage:
         head, self.norm, self.output = decoder.head, None, None
         if head is not None:
             self.norm = PreparedNorm(head.norm, self.dtype)
-            self.output = self._linear(head.output.weight)
+            self.output = prepared_head(self._linear(head.output.weight), head, self.dtype)
             if self._embedding is None:
                 decoder.head = None
 
@@ -133,17 +134,14 @@ class PreparedStage:
         hidden = inputs
         if self._embedding is not None:
             hidden = self._embedding(inputs[None], positions[None])[0]
-        rotation = None
-        if self.config.position_embedding == "rotary":
-            cosine, sine = rotation_angles(self.config, positions[None], self.dtype)
-            rotation = cosine[0, 0, :, None], sine[0, 0, :, None]  # [tokens, 1, rotary_dim]
+        rotations = TokenRotations(self.config, positions, self.dtype)
         for layer in self.layers.values():
-            hidden = layer(hidden, rotation, attend)
+            hidden = layer(hidden, rotations.of_layer(layer), attend)
         return hidden
 
     def _prepare(self, layer: torch.nn.Module) -> PreparedLayer:
         assert isinstance(layer, DecoderLayer)
-        prepared = PreparedLayer(layer, self.config.activation_function, self.dtype, self.fewest)
+        prepared = prepare_layer(layer, self.config.activation_function, self.dtype, self.fewest)
         if self._add_up.group is None:
             return prepared
         prepared.output = self._summed(layer.attention.output)

@@ -187,7 +187,7 @@ class RankRunner:
             self._stage = share.set_up(engine)
         self.is_invariant = engine.deterministic
         self.num_pages, self.page_size = self._stage.num_pages, self._stage.page_size
-        self.vocab_size, self.max_length = share.config.vocab_size, share.config.max_position_embeddings
+        self.vocab_size, self.max_length = share.config.vocab_size, share.config.max_cached_length
         threading.Thread(target=self._say_that_we_live, daemon=True).start()
 
     def run(self, rows: Sequence[Row]) -> Tensor:

@@ -135,7 +135,7 @@ class PlainRunner:
         self._adapters = OneAtATime(model)
         self.model, self.num_pages, self.page_size = model, num_pages, page_size
         config = model.config
-        self.vocab_size, self.max_length = config.vocab_size, config.max_position_embeddings
+        self.vocab_size, self.max_length = config.vocab_size, config.max_cached_length
         parameter = next(model.parameters())
         shape = (num_pages, config.key_value_heads, page_size, config.head_size)
         layers = [int(name) for name in model.layers]

@@ -122,7 +122,8 @@ class StageRunner:
             dist.recv(inputs, src=self.mesh.rank - self.mesh.tensor_size)
 
         def attend(layer: int, projected: Tensor) -> Tensor:
-            return attend_rows(plan, self._kernel, self._pools[layer], projected)
+            scores = self.stage.layers[layer].scores
+            return attend_rows(plan, self._kernel, self._pools[layer], projected, scores)
 
         return self.stage.forward(inputs, plan.positions, attend)
 

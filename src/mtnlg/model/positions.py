@@ -25,8 +25,7 @@ def rotation_angles(config: MegatronModelConfig, position_ids: Tensor, dtype: to
     Returns:
         Two tensors [batch or 1, 1, sequence, rotary_dim].
     """
-    lengths = position_ids.amax(dim=1)[:, None, None, None] + 1
-    frequencies, factor = rotary_frequencies(config, lengths)
+    frequencies, factor = rotary_frequencies(config, position_ids)
     return _cosine_and_sine(position_ids, frequencies, factor, dtype)
 
 
@@ -43,6 +42,10 @@ def local_rotation_angles(
 class Rotations:
     """The angles of each layer of a model at some positions.
 
+    Attributes:
+        everywhere: of layers that see everything; ``None`` without rotary positions.
+        local: of layers with a window, where those have their own.
+
     Args:
         config: the architecture.
         position_ids: [batch or 1, sequence].
@@ -50,17 +53,17 @@ class Rotations:
     """
 
     def __init__(self, config: MegatronModelConfig, position_ids: Tensor, dtype: torch.dtype) -> None:
-        self._config = config
-        self._everywhere = self._local = None
+        self.config = config
+        self.everywhere = self.local = None
         if config.position_embedding == "rotary":
-            self._everywhere = rotation_angles(config, position_ids, dtype)
-            self._local = local_rotation_angles(config, position_ids, dtype)
+            self.everywhere = rotation_angles(config, position_ids, dtype)
+            self.local = local_rotation_angles(config, position_ids, dtype)
 
     def of_layer(self, index: int) -> Rotation | None:
         """Cosine and sine [batch or 1, 1, sequence, rotary_dim]; ``None`` without rotary positions."""
-        if self._local is not None and self._config.window_of_layer(index) is not None:
-            return self._local
-        return self._everywhere
+        if self.local is not None and self.config.window_of_layer(index) is not None:
+            return self.local
+        return self.everywhere
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:

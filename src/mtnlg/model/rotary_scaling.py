@@ -22,12 +22,12 @@ from mtnlg.config import MegatronModelConfig
 Scaling = dict[str, Any]
 
 
-def rotary_frequencies(config: MegatronModelConfig, lengths: Tensor) -> tuple[Tensor, float]:
+def rotary_frequencies(config: MegatronModelConfig, position_ids: Tensor) -> tuple[Tensor, float]:
     """Radians by which each pair of dimensions turns from one position to the next.
 
     Args:
         config: gives ``rotary_base``, ``rotary_dim`` and ``rotary_scaling``.
-        lengths: [batch or 1, 1, 1, 1] tokens of each text.
+        position_ids: [batch or 1, sequence]; a text is as long as its last position says.
 
     Returns:
         [pairs] or [batch, 1, 1, pairs], float32; and what cosines and sines are multiplied by.
@@ -35,7 +35,8 @@ def rotary_frequencies(config: MegatronModelConfig, lengths: Tensor) -> tuple[Te
     base = config.rotary_base
     scaling = config.rotary_scaling
     if scaling is None:
-        return plain_frequencies(base, config.rotary_dim, lengths.device), 1.0
+        return plain_frequencies(base, config.rotary_dim, position_ids.device), 1.0
+    lengths = position_ids.amax(dim=1)[:, None, None, None] + 1  # [batch or 1, 1, 1, 1]
     return SCALINGS[scaling["rope_type"]](config, scaling, lengths)
 
 

@@ -56,7 +56,7 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Tokenizer, config: RunConfig) 
     if config.model.has_encoder:
         end = [] if config.data.objective.name == "prefix_lm" else [config.model.eos_token_id]
         return [[*tokenizer.encode(prompt, allow_special=True), *end] for prompt in prompts]
-    longest = config.model.max_position_embeddings - config.evaluation.sample_tokens
+    longest = config.model.max_cached_length - config.evaluation.sample_tokens
     return [tokenizer.encode(prompt)[-max(1, longest) :] for prompt in prompts]
 
 
