@@ -58,7 +58,9 @@ class MegatronLmModel(MegatronLmDecoder):
         self, config: MegatronModelConfig, tokenizer: Tokenizer | None = None, seed: int = 1234
     ) -> None:
         if config.architecture != "decoder":
-            raise ConfigError(f"architecture is {config.architecture!r}: use MegatronEncoderDecoderModel.")
+            raise ConfigError(
+                f"architecture is {config.architecture!r}: use MegatronEncoderDecoderModel."
+            )
         super().__init__(config)
         self.tokenizer = tokenizer
         # What engines run a model with whose weights are on other ranks; ``None``: they are here.
@@ -132,7 +134,9 @@ class MegatronLmModel(MegatronLmDecoder):
         plain = files.base or files
         with torch.device("meta"), NoInitialization():
             model = cls(with_quantization(plain.config, quantize))
-        weights = {name: converted(name, tensor, device, dtype) for name, tensor in plain.read().items()}
+        weights = {name: converted(name, one, device, dtype) for name, one in plain.stream(None)}
+        if plain.config.tie_word_embeddings:
+            weights["head.output.weight"] = weights["embedding.tokens.weight"]
         weights = codes_of_weights(model, weights)
         check_weights(model, weights, str(name_or_path))
         model.load_state_dict(weights, assign=True)

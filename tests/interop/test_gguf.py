@@ -14,6 +14,7 @@ from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
 from mtnlg.interop import write_gguf
 from mtnlg.interop.gguf_file import PRECISIONS
 from mtnlg.tokens import Tokenizer
+from mtnlg.training.model_files import open_model_files
 
 gguf = pytest.importorskip("gguf", reason="needs the interop extra (gguf)")
 TEXTS = [
@@ -145,6 +146,44 @@ def test_nothing_is_lost_at_full_precision(tmp_path, tokenizer):
             del expected["head.output.weight"]
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected), name
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_file_is_a_model_again(tmp_path, tokenizer, name, precision):
+    """The weights as the file's own library reads them; the same tokens; the same architecture."""
+    told = Tokenizer(tokenizer.definition, {"chat_template": "{{ messages[0].content }}"})
+    model = model_of(**FAMILIES[name])
+    files = open_model_files(write(tmp_path / "m.gguf", model, told, precision))
+    differing = {
+        field
+        for field, value in model.config.to_dict().items()
+        if getattr(files.config, field) != value and field != "init_method_std"
+    }
+    assert differing <= {"intermediate_size", "num_key_value_heads", "moe_intermediate_size"} | OPTIONAL
+    expected = as_stored(tmp_path / "m.gguf", model)
+    weights = dict(files.stream(None))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key].float(), expected[key]) for key in expected)
+    assert files.tokenizer.chat_template == told.chat_template
+    assert files.tokenizer.special_tokens == told.special_tokens
+    for text in TEXTS:
+        ids = told.encode(text)
+        assert files.tokenizer.encode(text) == ids and files.tokenizer.decode(ids) == text
+
+
+OPTIONAL = {"attention_output_bias", "mlp_bias"}  # unset, or of a layer without a dense MLP
+
+
+def test_damaged_files_and_other_models_are_refused(tmp_path, tokenizer):
+    path = write(tmp_path / "m.gguf", model_of(**FAMILIES["llama"]), tokenizer, "f32")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="damaged or not a GGUF file"):
+        open_model_files(path)
+    path.write_bytes(content.replace(b"llama", b"gguul"))
+    with pytest.raises(CheckpointError, match=r"general\.architecture is 'gguul': only gpt2, llama"):
+        open_model_files(path)
 
 
 def test_few_bits_are_where_they_do_little_harm(tmp_path, tokenizer):

@@ -58,21 +58,22 @@ def run(arguments: Namespace) -> int:
     from mtnlg.training.model_files import open_model_files
 
     out = Path(arguments.out)
-    if _is_taken(out) and not arguments.overwrite:
+    if is_taken(out) and not arguments.overwrite:
         raise ConfigError(f"{out} is there already: choose another --out, or --overwrite.")
     files = open_model_files(arguments.model)
     with ProgressDisplay() as progress:
         if arguments.quantize is None:
             next_step = _WRITERS[arguments.format](files, out, arguments, progress)
         else:
-            next_step = export_quantized(arguments, out, _dtype(arguments), progress)
+            next_step = export_quantized(arguments, out, dtype_of(arguments), progress)
     size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")))
     print(f"{out}: {quantity(files.config.num_parameters, 'parameters')}, {quantity(size, 'bytes')}")
     print(f"next: {next_step}")
     return 0
 
 
-def _is_taken(out: Path) -> bool:
+def is_taken(out: Path) -> bool:
+    """Whether something would be overwritten."""
     return out.is_file() or (out.is_dir() and any(out.iterdir()))
 
 
@@ -90,7 +91,7 @@ def _to_hugging_face(files: ModelFiles, out: Path, arguments: Namespace, progres
         files.stream,
         end_of_text_id=end_id(tokenizer),
         padding_id=None if tokenizer is None else tokenizer.special_tokens.get("<|padding|>"),
-        dtype=_dtype(arguments),
+        dtype=dtype_of(arguments),
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
         progress=progress,
     )
@@ -99,7 +100,7 @@ def _to_hugging_face(files: ModelFiles, out: Path, arguments: Namespace, progres
     return f"vllm serve {out}, or transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
 
 
-def _dtype(arguments: Namespace) -> torch.dtype | None:
+def dtype_of(arguments: Namespace) -> torch.dtype | None:
     """Of the weights; ``None`` keeps theirs."""
     from mtnlg.config import ConfigError
     from mtnlg.training.precision import COMPUTE_DTYPES
@@ -107,7 +108,7 @@ def _dtype(arguments: Namespace) -> torch.dtype | None:
     if arguments.precision not in (None, *COMPUTE_DTYPES):
         names = ", ".join(COMPUTE_DTYPES)
         raise ConfigError(
-            f"--precision is {arguments.precision!r}: with --format {arguments.format} choose {names}."
+            f"--precision is {arguments.precision!r}: choose one of {names}."
         )
     return COMPUTE_DTYPES.get(arguments.precision or "")
 
@@ -123,7 +124,7 @@ def _to_gguf(files: ModelFiles, out: Path, arguments: Namespace, progress: Progr
 def _to_megatron(files: ModelFiles, out: Path, arguments: Namespace, progress: Progress) -> str:
     from mtnlg.interop import write_megatron
 
-    write_megatron(out, files.config, files.stream, _dtype(arguments), progress)
+    write_megatron(out, files.config, files.stream, dtype_of(arguments), progress)
     if files.tokenizer is not None:
         files.tokenizer.save_pretrained(out)
     return f"Megatron-LM with --load {out} --ckpt-format torch_dist --use-checkpoint-args"

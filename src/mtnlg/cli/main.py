@@ -30,6 +30,7 @@ VERBS = {
     "generate": "continue a text with a model",
     "chat": "talk with a model in the terminal, or through a pipe",
     "serve": "answer over HTTP: OpenAI's API and a chat page",
+    "import": "read other people's models into a folder that every verb takes",
     "export": "write a model in the files that other programs load",
 }
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mtnlg.api import MegatronLmModel
     from mtnlg.tokens import Tokenizer
 
-MODEL_HELP = "a run, a checkpoint, a Hugging Face folder or hub name"
+MODEL_HELP = "a run, a checkpoint, a Hugging Face folder or hub name, a GGUF file, Megatron's or DeepSpeed's"
 
 
 def open_model(

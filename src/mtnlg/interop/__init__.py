@@ -3,6 +3,7 @@
 from mtnlg.interop.architectures import nearest_architecture
 from mtnlg.interop.foreign import open_foreign
 from mtnlg.interop.gguf_file import write_gguf
+from mtnlg.interop.gguf_reader import open_gguf
 from mtnlg.interop.hub import fetch_from_hub, looks_like_hub_name
 from mtnlg.interop.hugging_face import (
     read_config,
@@ -20,6 +21,7 @@ __all__ = [
     "looks_like_hub_name",
     "nearest_architecture",
     "open_foreign",
+    "open_gguf",
     "read_config",
     "read_weights",
     "stream_weights",

@@ -95,6 +95,11 @@ def gguf_family(config: MegatronModelConfig) -> GgufFamily:
         raise ConfigError(
             f"GGUF: models of the family {model_type} cannot be written; only {', '.join(FAMILIES)} can."
         )
+    wrong = [name for name in ("rotary_scaling", "sliding_window") if getattr(config, name) is not None]
+    if wrong:
+        raise ConfigError(
+            f"GGUF: {wrong[0]} is {getattr(config, wrong[0])!r}: it cannot be written; it must be None."
+        )
     if config.activation_function not in family.activations:
         raise ConfigError(
             f"GGUF: activation_function is {config.activation_function!r}: llama.cpp computes "

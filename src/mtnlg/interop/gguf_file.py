@@ -56,7 +56,7 @@ def write_gguf(
             is not installed.
         CheckpointError: weights are missing or not numbers, or the disk refused.
     """
-    gguf = _library()
+    gguf = gguf_library()
     if precision not in PRECISIONS:
         raise ConfigError(f"GGUF precision is {precision!r}: choose one of {', '.join(PRECISIONS)}.")
     tensors = gguf_tensors(config)
@@ -83,7 +83,12 @@ def write_gguf(
     return path
 
 
-def _library() -> Any:
+def gguf_library() -> Any:
+    """The package that knows the format.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import gguf
     except ImportError:
@@ -92,7 +97,7 @@ def _library() -> Any:
 
 
 def _kind_of(tensor: GgufTensor, precision: str) -> GGMLQuantizationType:
-    kinds = _library().GGMLQuantizationType
+    kinds = gguf_library().GGMLQuantizationType
     if len(tensor.shape) == 1 or tensor.name.endswith(_ALWAYS_FLOAT):
         return kinds.F32
     if precision in ("f32", "f16", "bf16"):
@@ -116,7 +121,7 @@ def _write_header(
     precision: str,
     name: str,
 ) -> None:
-    gguf = _library()
+    gguf = gguf_library()
     writer.add_name(name)
     file_type = "ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"
     writer.add_file_type(gguf.LlamaFileType[file_type])
@@ -136,7 +141,7 @@ def _write_tensors(
     stream: Stream,
     progress: Progress,
 ) -> None:
-    gguf = _library()
+    gguf = gguf_library()
     total = 4 * sum(torch.Size(tensor.shape).numel() for tensor in tensors)
     done = 0
     for tensor, kind in zip(tensors, kinds):

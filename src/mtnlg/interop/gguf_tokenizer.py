@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mtnlg.config import ConfigError
@@ -99,6 +100,53 @@ def _pre_tokenizer(definition: dict[str, Any]) -> str:
             "Llama 3 and Qwen 2 can be written (in tokenizer.json: pre_tokenizer)."
         )
     return PRE_TOKENIZERS[patterns[0]]
+
+
+def definition_of(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of a ``tokenizer.json`` for a file's header; ``None`` where we have none of its kind."""
+    patterns = {name: pattern for pattern, name in PRE_TOKENIZERS.items()}
+    pre = fields.get("tokenizer.ggml.pre")
+    if fields.get("tokenizer.ggml.model") != "gpt2" or pre not in patterns:
+        return None
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    added = [
+        {"id": index, "content": text, "special": kind == _CONTROL, **flags}
+        for index, (text, kind) in enumerate(zip(tokens, types))
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    split = {"type": "Split", "pattern": {"Regex": patterns[pre]}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {
+        "type": "BPE",
+        "ignore_merges": pre == "llama-bpe",
+        "vocab": {text: i for i, (text, kind) in enumerate(zip(tokens, types)) if kind != _UNUSED},
+        "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "post_processor": None,
+        "decoder": {**level, "use_regex": True},
+        "model": model,
+    }
+
+
+def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a ``tokenizer_config.json`` for a file's header."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    settings: dict[str, Any] = {}
+    for ours, theirs in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
+        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if index is not None:
+            settings[ours] = tokens[index]
+    if "tokenizer.chat_template" in fields:
+        settings["chat_template"] = fields["tokenizer.chat_template"]
+    if fields.get("tokenizer.ggml.add_bos_token"):
+        settings["add_bos_token"] = True
+    return settings
 
 
 def _add_specials(writer: GGUFWriter, tokenizer: Tokenizer) -> None:

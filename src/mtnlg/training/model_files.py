@@ -16,6 +16,7 @@ from mtnlg.interop import (
     fetch_from_hub,
     looks_like_hub_name,
     open_foreign,
+    open_gguf,
     read_config,
     read_weights,
     stream_weights,
@@ -65,6 +66,9 @@ def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
         CheckpointError: nothing loadable is there; the message says what was looked for.
     """
     folder = Path(name_or_path)
+    if folder.is_file() and folder.suffix == ".gguf":
+        found, tokenizer = open_gguf(folder)
+        return ModelFiles(found.config, tokenizer, found.read, found.stream)
     if not folder.is_dir():
         folder = _from_elsewhere(name_or_path)
     if is_checkpoint(folder) or is_run(folder):
