@@ -23,6 +23,14 @@ TINY = [
     "--evaluation.num_batches=1",
     "--evaluation.sample_tokens=2",
 ]
+TINY_TUNING = [
+    "--data.sequence_length=48",
+    "--batch.micro_batch_size=1",
+    "--batch.global_batch_size=2",
+    "--evaluation.interval_steps=0",
+    "--training.num_threads=1",
+]
+QUESTION, ANSWER = "床前明月光", "疑是地上霜。"
 
 
 def blocks(page, language):
@@ -45,6 +53,19 @@ def split_command(line):
     echo = shlex.split(before)
     assert echo[0] == "echo", f"only echo may feed a command here: {line}"
     return shlex.split(after, comments=True), " ".join(echo[1:]) + "\n"
+
+
+def _write_chats(place):
+    """Data to tune on, in the forms that pages speak of."""
+    turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    couplet = {"instruction": "續寫下聯", "input": QUESTION, "output": ANSWER}
+    dialogue = {"messages": [{"message": QUESTION}, {"message": ANSWER}]}
+    for name, record in (("chats", {"messages": turns}), ("couplets", couplet)):
+        text = f"{json.dumps(record, ensure_ascii=False)}\n" * 4
+        (place / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    for name in ("film", "music"):
+        text = json.dumps([dialogue] * 4, ensure_ascii=False, indent=1)
+        (place / f"{name}_dev.json").write_text(text, encoding="utf-8")
 
 
 def furnish(place):
@@ -72,6 +93,7 @@ def furnish(place):
         for line in lines:
             record = {"text": line, "paragraphs": line.split("，")}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    _write_chats(place)
     (place / "input.txt").write_text("\n".join(lines), encoding="utf-8")
     (place / "start.yaml").write_text("stop: {steps: 2}\n")
     words = [f"--run_dir={place / RUN}", f"--data.sources={place / 'texts'}", *TINY]

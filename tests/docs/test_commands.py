@@ -8,7 +8,18 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from tests.docs.commands import PAGES, ROOT, RUN, TINY, blocks, feed, furnish, shell_commands, split_command
+from tests.docs.commands import (
+    PAGES,
+    ROOT,
+    RUN,
+    TINY,
+    TINY_TUNING,
+    blocks,
+    feed,
+    furnish,
+    shell_commands,
+    split_command,
+)
 
 from mtnlg.cli import main as cli
 
@@ -71,6 +82,8 @@ class Trial:
             cli.verb_parser("serve").read(rest)  # it does not end by itself: tests/serving runs it
         elif verb == "train":
             self._train(rest, with_ranks)
+        elif verb == "tune":
+            assert cli.main([*words, *TINY_TUNING]) == 0
         else:
             if verb == "encode" and not Path("tokenizer").exists():  # made on the page before
                 Path("tokenizer").symlink_to(Path(RUN).resolve() / "tokenizer")

@@ -12,11 +12,10 @@ if TYPE_CHECKING:
 
 EXAMPLE = """
 mtnlg tune runs/demo chats.jsonl --out runs/chat
-mtnlg tune Qwen/Qwen2.5-0.5B chats.jsonl --method lora --tuning.adapter.rank 16 --epochs 2
+mtnlg tune runs/demo chats.jsonl --method lora --tuning.adapter.rank 16 --epochs 2
 mtnlg tune runs/demo chats.jsonl --method prompt --optimizer.learning_rate 0.01
-mtnlg tune runs/small chats.jsonl --teacher runs/large
-mtnlg tune recipes/tune-couplets.yaml
-mtnlg train runs/chat/config.yaml
+mtnlg tune runs/demo chats.jsonl --teacher runs/chat --out runs/student
+mtnlg tune recipes/tune-dialogues.yaml runs/demo film_dev.json music_dev.json
 """
 # Short names of what is asked for most; every other setting goes by its own (mtnlg train --help).
 SHORT = {

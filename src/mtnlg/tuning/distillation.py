@@ -7,6 +7,7 @@ alone, so that runs with and without a teacher can be compared.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def learn_from_teacher(model: ParallelModel, config: DistillationConfig) -> None
     head = stage.decoder.head
     assert head is not None
     loss = DistilledLoss(read_teacher(config.teacher, model.device), head, config)
-    stage.register_forward_pre_hook(loss.listen)
+    stage.register_forward_pre_hook(loss.listen, with_kwargs=True)
     head.loss_function = loss
 
 
@@ -83,12 +84,14 @@ class DistilledLoss:
         self._hidden: Tensor | None = None  # the teacher's, of the batch that the student is reading
 
     @torch.no_grad()
-    def listen(self, stage: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def listen(self, stage: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Before the student reads a batch: let the teacher read it."""
         self._hidden = None
         if not stage.training:
             return
-        ids, _labels, positions, documents = (*inputs, None, None, None)[:4]
+        names = list(inspect.signature(stage.forward).parameters)
+        given = {**dict(zip(names, inputs)), **options}
+        ids, positions, documents = (given.get(name) for name in ("inputs", "position_ids", "document_ids"))
         head, self._teacher.head = self._teacher.head, None
         try:
             output = self._teacher(ids, position_ids=positions, document_ids=documents)
