@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mtnlg.config import ConfigError, MegatronModelConfig
+from mtnlg.config import MegatronModelConfig
 from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.beam import beam_search
@@ -53,26 +53,12 @@ def answer(
         ConfigError: naming what is wrong with the prompt and the options.
     """
     check_names(options)
-    prompts = Prompts.read(prompt, tokenizer)
+    prompts, start = _read_prompts(model, tokenizer, prompt, options)
     wanted, drawn = num_samples(options, len(prompts.rows))
-    start: list[int] = []
-    if model.config.architecture == "encoder_decoder":
-        prompts = prompts.as_sources(model.config)
-    elif prompts.texts is not None and tokenizer is not None and options.get("start_of_document", True):
-        start = start_ids(tokenizer, model.config.vocab_size)
-    adapter: AdapterConfig | None = getattr(model, "adapter", None)
-    if adapter is not None and prompts.texts is not None and tokenizer is not None:
-        around = [f"{adapter.prefix}{text}{adapter.suffix}" for text in prompts.texts]
-        prompts.rows = [tokenizer.encode(text) for text in around]
     rows = [start + row for row in prompts.rows]
     ends = _end_ids(options, tokenizer, model.config)
     constraint = constraint_for(options, tokenizer, model.config.vocab_size, ends)
     search = search_options(options, wanted)
-    if search is not None and adapter is not None and adapter.num_positions:
-        raise ConfigError(
-            "num_beams and penalty_alpha: a model with virtual tokens is not searched; sample, or take the "
-            "most likely token."
-        )
     drawn = 1 if search is not None else drawn
     requests = requests_for(rows, options, ends, len(start), drawn, constraint)
     decode = None if tokenizer is None else tokenizer.decode
@@ -90,6 +76,23 @@ def answer(
         given = [one if options.get("details") else _plain(prompts, number, one) for one in several]
         answers.append(given if options.get("n") is not None else given[0])
     return prompts.as_given(answers, tokenizer)
+
+
+def _read_prompts(
+    model: LanguageModel, tokenizer: Tokenizer | None, prompt: Prompt, options: Mapping[str, Any]
+) -> tuple[Prompts, list[int]]:
+    """What was asked as ids, an adapter's own text around it, and the ids that begin every text."""
+    prompts = Prompts.read(prompt, tokenizer)
+    if model.config.architecture == "encoder_decoder":
+        return prompts.as_sources(model.config), []
+    if prompts.texts is None or tokenizer is None:
+        return prompts, []
+    adapter: AdapterConfig | None = getattr(model, "adapter", None)
+    if adapter is not None and (adapter.prefix or adapter.suffix):
+        around = [f"{adapter.prefix}{text}{adapter.suffix}" for text in prompts.texts]
+        prompts.rows = [tokenizer.encode(text) for text in around]
+    starts = options.get("start_of_document", True)
+    return prompts, start_ids(tokenizer, model.config.vocab_size) if starts else []
 
 
 def search_one(engine: Engine, request: GenerationRequest, options: SearchOptions) -> list[Generation]:

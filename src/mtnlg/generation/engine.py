@@ -258,6 +258,11 @@ class Engine:
         """
         loaded = self.adapters.get(request.adapter)
         if loaded is None:
+            if self._adapter is not None and self._adapter.num_positions:
+                raise ConfigError(
+                    "beam and contrastive search: a model with virtual tokens is not searched. Sample, or "
+                    "go on greedily."
+                )
             return self.exclusively
         if loaded.num_virtual:
             raise ConfigError(
