@@ -31,7 +31,7 @@ VOCABULARY = 50257
 ROWS = [
     *("mtnlg-float32", "llama.cpp-float32", "ctranslate2-float32", "transformers-float32"),
     *("mtnlg-bf16", "llama.cpp-bf16", "transformers-bf16"),
-    *("llama.cpp-q8_0", "ctranslate2-int8", "llama.cpp-q4_0"),
+    *("mtnlg-int8", "llama.cpp-q8_0", "ctranslate2-int8", "mtnlg-int4", "llama.cpp-q4_0"),
 ]
 
 

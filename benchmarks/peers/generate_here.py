@@ -15,7 +15,10 @@ def mtnlg(folder: str, precision: str):
     from mtnlg.config.generation import EngineConfig
     from mtnlg.generation import Engine, GenerationRequest
 
-    model = MegatronLmModel.from_pretrained(folder).eval()
+    quantize = None
+    if precision in ("int8", "int4"):  # 4 bits for the head too, as the peers have it
+        quantize, precision = dict(weights=precision, activations="int8", head="same"), "bf16"
+    model = MegatronLmModel.from_pretrained(folder, quantize=quantize).eval()
     config = EngineConfig(dtype=precision, compile="on", prefix_cache=False, prefill_chunk=2048)
     engine = Engine(model, config=config)
 

@@ -16,6 +16,7 @@ OPTIONS = (
     ("prefill_chunk", int, "most prompt tokens of one step"),
     ("prefix_cache", bool, "keep keys and values for prompts that begin alike"),
     ("dtype", str, "float32, bf16, or auto: as the weights are saved"),
+    ("cache_dtype", str, "of keys and values: auto (as dtype), or int8: more tokens in the same memory"),
     ("deterministic", bool, "the same answer whatever else is in the batch"),
     ("compile", str, "kernels by torch.compile: auto, on or off"),
     ("speculation", str, "guess tokens and check several at a time: none, ngram or draft"),

@@ -6,13 +6,15 @@ import copy
 
 import torch
 
+from mtnlg.config import ConfigError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.encoder_decoder_runner import EncoderDecoderRunner
 from mtnlg.generation.fast_runner import FastRunner
+from mtnlg.generation.int8_pages import int8_element_bytes
 from mtnlg.generation.memory import num_cache_pages
 from mtnlg.generation.prepared import can_prepare
 from mtnlg.generation.runner import PAGE_SIZE, PlainRunner, Runner
-from mtnlg.model import LanguageModel, MegatronEncoderDecoder
+from mtnlg.model import LanguageModel, MegatronEncoderDecoder, MegatronLmDecoder
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 PREPARED_DTYPES = (torch.float32, torch.bfloat16)
@@ -30,21 +32,29 @@ def make_runner(model: LanguageModel, config: EngineConfig) -> Runner:
         config: settings.
 
     Raises:
-        ConfigError: ``cache_gib`` does not hold a page.
+        ConfigError: ``cache_gib`` does not hold a page, or this model's cache cannot be int8.
     """
     make = getattr(model, "make_runner", None)
+    is_fast = make is None and isinstance(model, MegatronLmDecoder) and can_prepare(model)
+    if config.cache_dtype == "int8" and not is_fast:
+        raise ConfigError(
+            "cache_dtype is 'int8': a model over ranks, an encoder-decoder or one with parts that the fast "
+            "runner does not know keeps keys and values in its own dtype; use auto."
+        )
     if make is not None:
         return make(config)
     parameter = next(model.parameters())
     dtype = DTYPES.get(config.dtype, parameter.dtype)
     if isinstance(model, MegatronEncoderDecoder):
         return _encoder_decoder_runner(model, config, dtype)
-    num_pages = num_cache_pages(model.config, config, PAGE_SIZE, dtype.itemsize, parameter.device)
+    element = int8_element_bytes(model.config) if config.cache_dtype == "int8" else dtype.itemsize
+    num_pages = num_cache_pages(model.config, config, PAGE_SIZE, element, parameter.device)
     if dtype in PREPARED_DTYPES and can_prepare(model):
         mode = config.compile
         if mode == "auto" and model.config.num_parameters < WORTH_COMPILING:
             mode = "off"
-        return FastRunner(model, num_pages, PAGE_SIZE, dtype, config.deterministic, mode)
+        is_int8 = config.cache_dtype == "int8"
+        return FastRunner(model, num_pages, PAGE_SIZE, dtype, config.deterministic, mode, is_int8)
     if dtype != parameter.dtype:
         model = copy.deepcopy(model).to(dtype)
     return PlainRunner(model, num_pages)

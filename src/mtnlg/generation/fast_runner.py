@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
+from mtnlg.generation.int8_pages import Int8PagePool
 from mtnlg.generation.linears import fewest_rows
 from mtnlg.generation.mixed_adapters import AdapterMixer
 from mtnlg.generation.paged_attention import PagePool
@@ -37,6 +38,7 @@ class FastRunner:
         deterministic: every token's numbers are bit-equal whatever other rows there are, however its
             prompt was cut, and whether its beginning was computed now or before.
         compile: ``on``, ``off`` or ``auto`` (:class:`~mtnlg.generation.attention_kernel.AttentionKernel`).
+        has_int8_cache: hold keys and values in 8 bits; attention over them is not compiled.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class FastRunner:
         dtype: torch.dtype | None = None,
         deterministic: bool = False,
         compile: str = "off",
+        has_int8_cache: bool = False,
     ) -> None:
         self.model, self.num_pages, self.page_size = model, num_pages, page_size
         config, parameter = model.config, next(model.parameters())
@@ -57,8 +60,9 @@ class FastRunner:
         has_integers = compile != "off" and have_kernel_for(model)
         self._fewest = 1 if has_integers else fewest_rows(self.device, self.dtype)
         heads, size = config.key_value_heads, config.head_size
+        pool = Int8PagePool if has_int8_cache else PagePool
         self._pools = {
-            int(layer): PagePool(num_pages, page_size, heads, size, self.dtype, self.device)
+            int(layer): pool(num_pages, page_size, heads, size, self.dtype, self.device)
             for layer in model.layers
         }
         queries = config.num_attention_heads // heads
@@ -68,7 +72,7 @@ class FastRunner:
         self._has_row_kernels = False
         self.refresh()
         then = self._compile_rows if self._keeps_rows else None
-        self.kernel = AttentionKernel(shape, compile, deterministic, then)
+        self.kernel = AttentionKernel(shape, "off" if has_int8_cache else compile, deterministic, then)
 
     @torch.inference_mode()
     def refresh(self) -> None:

@@ -14,20 +14,20 @@ SHARE_OF_DEVICE = 0.25  # at most, where ``cache_gib`` says nothing
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # what a container may use
 
 
-def cache_bytes_per_token(config: MegatronModelConfig, element_bytes: int) -> int:
+def cache_bytes_per_token(config: MegatronModelConfig, element_bytes: float) -> int:
     """Bytes of one token's keys and values: 2 · layers · key-value heads · head size · element bytes.
 
     Of an encoder-decoder's layers, those of the decoder.
     """
     layers = config.decoder_layers or config.num_hidden_layers
-    return 2 * layers * config.key_value_heads * config.head_size * element_bytes
+    return round(2 * layers * config.key_value_heads * config.head_size * element_bytes)
 
 
 def num_cache_pages(
     model: MegatronModelConfig,
     engine: EngineConfig,
     page_size: int,
-    element_bytes: int,
+    element_bytes: float,
     device: torch.device,
 ) -> int:
     """Pages that the engine's settings allow.

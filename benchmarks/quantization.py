@@ -1,0 +1,209 @@
+"""What few bits cost a trained model: size, perplexity on held-out text, agreement of greedy text.
+
+    python benchmarks/quantization.py runs/demo
+
+The run's own test split is the text; GPTQ and AWQ see its training split. Agreement is the share of greedy
+tokens, of continuations of held-out text, up to the first that differs from the model in floating point.
+Speed beside other projects is measured by ``benchmarks/generate.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import platform
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtnlg import MegatronLmModel
+from mtnlg.config.quantize import QuantizeConfig
+from mtnlg.evaluation.texts import texts_of_run
+from mtnlg.quantization import calibrate, quantize_model, quantized_linears, round_in_training
+from mtnlg.training.saved_run import load_run
+
+WINDOW, NEW, PROMPT = 256, 32, 32  # tokens
+ROWS = [
+    ("int8", dict(weights="int8")),
+    ("int8, activations int8", dict(weights="int8", activations="int8")),
+    ("float8", dict(weights="float8")),
+    ("int4, groups of 32", dict(weights="int4")),
+    ("int4, groups of 32, zero points", dict(weights="int4", symmetric=False)),
+    ("int4, groups of 32, activations int8", dict(weights="int4", activations="int8")),
+    ("int4, groups of 128", dict(weights="int4", group_size=128)),
+    ("int4, whole rows", dict(weights="int4", group_size=0, head="same")),
+]
+
+
+@dataclass
+class Text:
+    """Token ids [rows, WINDOW] to learn from and to be measured on."""
+
+    train: Tensor
+    test: Tensor
+
+
+def main() -> None:
+    arguments = parse()
+    model = MegatronLmModel.from_pretrained(arguments.run)
+    assert model.tokenizer is not None
+    config = load_run(Path(arguments.run))
+    text = Text(*(rows_of(config, model.tokenizer, split) for split in ("train", "test")))
+    text.test = text.test[: arguments.test_rows]
+    answers = greedy(model, text.test)
+    base = perplexity(model, text.test)
+    size = matrix_bytes(model)
+    lines = heading(arguments, model, text)
+    lines.append(f"| float32 | | {size / 1e6:.2f} | {base:.3f} | | 100% |")
+    batches = list(text.train[spread(len(text.train), arguments.calibration_rows)].split(4))
+    for name, fields in ROWS:
+        for method in ("rtn", "gptq", "awq"):
+            quantized = copy.deepcopy(model)
+            calibrate(quantized, QuantizeConfig.from_dict(fields), method, batches)
+            lines.append(row(name, method, quantized, text.test, base, answers))
+            print(lines[-1], flush=True)
+    lines += ["", *aware(arguments, model, text)]
+    Path(arguments.output).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--test-rows", type=int, default=64, help=f"windows of {WINDOW} tokens")
+    parser.add_argument("--calibration-rows", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=60, help="of quantization-aware training, 8 rows each")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--output", default=str(here / "results" / "quantization.md"))
+    return parser.parse_args()
+
+
+def rows_of(config, tokenizer, split: str) -> Tensor:
+    ids = [
+        token
+        for text in texts_of_run(config, tokenizer, split)
+        for document in text.documents
+        for token in document.ids.tolist()
+    ]
+    rows = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).view(-1, WINDOW)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))]
+
+
+def spread(count: int, wanted: int) -> Tensor:
+    return torch.arange(min(count, wanted))
+
+
+@torch.no_grad()
+def perplexity(model: MegatronLmModel, rows: Tensor) -> float:
+    total = sum(float(model(part[:, :-1], part[:, 1:]).loss) for part in rows.split(8))
+    return math.exp(total / rows[:, 1:].numel())
+
+
+def greedy(model: MegatronLmModel, rows: Tensor) -> list[list[int]]:
+    prompts = rows[:32, :PROMPT].tolist()
+    return [ids[PROMPT:] for ids in model.generate(prompts, max_new_tokens=NEW)]
+
+
+def agreement(model: MegatronLmModel, rows: Tensor, answers: list[list[int]]) -> float:
+    same = wanted = 0
+    for found, expected in zip(greedy(model, rows), answers):
+        wanted += len(expected)
+        for one, other in zip(found, expected):
+            if one != other:
+                break
+            same += 1
+    return same / wanted
+
+
+def matrix_bytes(model: MegatronLmModel) -> int:
+    """Of the layers' matrices and the head."""
+    quantized = quantized_linears(model)
+    parts = [t for linear in quantized.values() for t in (linear.codes, linear.scales, linear.zeros)]
+    parts += [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+def heading(arguments: argparse.Namespace, model: MegatronLmModel, text: Text) -> list[str]:
+    return [
+        "# Quantization: what it costs",
+        "",
+        f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch "
+        f"{torch.__version__}. `python benchmarks/quantization.py`",
+        "",
+        f"{model.num_parameters / 1e6:.1f}M parameters; {text.test.numel():,} tokens of the test split "
+        f"in windows of {WINDOW}; GPTQ and AWQ saw {arguments.calibration_rows * WINDOW:,} tokens of its "
+        f"training split. MB: matrices of the layers and the head. Agreement: 32 continuations of {PROMPT} "
+        f"tokens by {NEW}.",
+        "",
+        "| numbers | method | MB | perplexity | change | greedy agreement |",
+        "|---|---|---|---|---|---|",
+    ]
+
+
+def row(name, method, model, rows, base, answers) -> str:
+    found = perplexity(model, rows)
+    change, size = f"{(found / base - 1) * 100:+.2f}%", matrix_bytes(model) / 1e6
+    share = agreement(model, rows, answers)
+    return f"| {name} | {method} | {size:.2f} | {found:.3f} | {change} | {share * 100:.0f}% |"
+
+
+def aware(arguments: argparse.Namespace, model: MegatronLmModel, text: Text) -> list[str]:
+    """Fine-tuning under the rounding beside fine-tuning and rounding afterwards."""
+    config = QuantizeConfig("int4", 0, head="same")
+    before = copy.deepcopy(model)
+    quantize_model(before, config)
+    found = {"rounded": perplexity(before, text.test)}
+    began = time.perf_counter()
+    for name in ("floating point", "under rounding"):
+        tuned = copy.deepcopy(model)
+        if name == "under rounding":
+            round_in_training(tuned, config)
+        tune(tuned, text.train, arguments.steps, arguments.learning_rate)
+        if name == "floating point":
+            found["tuned"] = perplexity(tuned, text.test)
+        else:
+            for module in tuned.modules():
+                vars(module).pop("forward", None)
+        quantize_model(tuned, config)
+        found[name] = perplexity(tuned, text.test)
+    # The same training without rounding is the bound.
+    lost = math.log(found["floating point"] / found["tuned"])
+    left = math.log(found["under rounding"] / found["tuned"])
+    return [
+        "## Quantization-aware fine-tuning, int4 with a scale for each whole row",
+        "",
+        f"{arguments.steps} steps of 8 windows at {arguments.learning_rate:g} (AdamW), "
+        f"{time.perf_counter() - began:.0f} s for both.",
+        "",
+        "| | perplexity |",
+        "|---|---|",
+        f"| rounded as it was | {found['rounded']:.3f} |",
+        f"| tuned in floating point | {found['tuned']:.3f} |",
+        f"| tuned in floating point, then rounded | {found['floating point']:.3f} |",
+        f"| tuned under the rounding, then rounded | {found['under rounding']:.3f} |",
+        "",
+        f"Of the loss that rounding costs ({lost:.4f} nats a token), training under it recovers "
+        f"{(1 - left / lost) * 100:.0f}%.",
+    ]
+
+
+def tune(model: MegatronLmModel, rows: Tensor, steps: int, learning_rate: float) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    for step in range(steps):
+        part = rows[torch.arange(8 * step, 8 * step + 8) % len(rows)]
+        loss = model(part[:, :-1], part[:, 1:]).loss / part[:, 1:].numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+if __name__ == "__main__":
+    main()
