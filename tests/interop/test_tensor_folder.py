@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -75,9 +77,50 @@ def test_slices_that_torch_wrote(tmp_path):
     assert all(torch.equal(source.read(name), tensor) for name, tensor in TENSORS.items())
 
 
-def test_pickles_are_refused(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match=r"pickle.*pytorch_model\.bin"):
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before 1.6"])
+def test_tensors_of_a_pickle_are_read_and_nothing_of_it_runs(tmp_path, is_zip):
+    file = tmp_path / "pytorch_model.bin"
+    torch.save(TENSORS, file, _use_new_zipfile_serialization=is_zip)
+    source = TensorFolder.of_hugging_face(tmp_path)
+    assert source.names == set(TENSORS)
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in TENSORS.items())
+    assert torch.equal(source.read("t3", lambda name, whole: whole[2:5, 1:]), TENSORS["t3"][2:5, 1:])
+    evil = Evil(tmp_path / "made by a pickle")
+    torch.save({**TENSORS, "evil": evil}, file, _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*mkdir"):
+        TensorFolder.of_hugging_face(tmp_path)
+    file.write_bytes(pickle.dumps(evil))
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: cannot be read"):
+        TensorFolder.of_hugging_face(tmp_path)
+    assert not evil.path.exists()
+    torch.save([1, 2], file)
+    with pytest.raises(CheckpointError, match="something else than named tensors"):
+        TensorFolder.of_hugging_face(tmp_path)
+
+
+def test_shards_of_pickles(tmp_path):
+    names = list(TENSORS)
+    weight_map = {}
+    for number, part in enumerate((names[:2], names[2:])):
+        file = f"pytorch_model-{number}.bin"
+        torch.save({name: TENSORS[name] for name in part}, tmp_path / file)
+        weight_map |= dict.fromkeys(part, file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    source = TensorFolder.of_hugging_face(tmp_path)
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in TENSORS.items())
+
+
+def test_other_pickles_are_refused(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match=r"pickle.*model\.ckpt"):
         TensorFolder.of_hugging_face(tmp_path)
 
 

@@ -151,9 +151,9 @@ def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _add_specials(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     end = tokenizer.end_of_text_id
-    begin = tokenizer.special_names.get("bos_token")
+    begin = tokenizer.core.token_to_id(tokenizer.special_names.get("bos_token", ""))
     writer.add_eos_token_id(end)
-    writer.add_bos_token_id(end if begin is None else tokenizer.core.token_to_id(begin))
+    writer.add_bos_token_id(end if begin is None else begin)
     writer.add_pad_token_id(tokenizer.padding_id)
     if END_OF_TURN in tokenizer.special_tokens:
         writer.add_eot_token_id(tokenizer.special_tokens[END_OF_TURN])

@@ -50,17 +50,18 @@ class LazyTensor(Tensor):
             source: where the numbers are.
             meta: a view of a contiguous meta tensor of the whole shape.
         """
-        made: LazyTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, meta.shape, meta.stride(), meta.storage_offset(), dtype=meta.dtype, device="cpu"
+        place = (meta.shape, meta.stride(), int(meta.storage_offset()))
+        made: LazyTensor = Tensor._make_wrapper_subclass(
+            cls, *place, dtype=meta.dtype, device=torch.device("cpu")
         )
         made.source, made.meta = source, meta
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyTensor({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         packet = function.overloadpacket
@@ -115,7 +116,8 @@ class FileBytes:
 
     def read(self, view: Tensor) -> Tensor:
         """See :class:`Source`. Each run of neighbouring numbers is read by itself, and nothing else."""
-        order = sorted(range(view.dim()), key=lambda axis: -view.stride(axis))
+        strides = view.stride()
+        order = sorted(range(view.dim()), key=lambda axis: -strides[axis])
         sorted_view = view.permute(order)
         found = torch.empty(sorted_view.shape, dtype=view.dtype)
         if found.numel():
@@ -145,12 +147,12 @@ def _runs(view: Tensor, inner: int) -> Iterator[tuple[tuple[int, ...], int]]:
     outer = view.dim() - inner
     for place in itertools.product(*(range(size) for size in view.shape[:outer])):
         offset = sum(index * stride for index, stride in zip(place, view.stride()))
-        yield place, view.storage_offset() + offset
+        yield place, int(view.storage_offset()) + offset
 
 
 def memory_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_bytes(file: Any, start: int, target: memoryview) -> None:

@@ -89,9 +89,9 @@ def to_ours(
                 names = ("query", "key", "value")
                 ours |= {f"{prefix}attention.{own}.{kind}": part for own, part in zip(names, parts)}
             if (first := take(layer + _FIRST.format(kind))) is not None:
-                names = ("gate", "up") if config.is_gated else ("up",)
-                parts = first.chunk(len(names))
-                ours |= {f"{prefix}mlp.{own}.{kind}": part for own, part in zip(names, parts)}
+                halves = ("gate", "up") if config.is_gated else ("up",)
+                cut = zip(halves, first.chunk(len(halves)))
+                ours |= {f"{prefix}mlp.{own}.{kind}": part for own, part in cut}
     return ours, used
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from mtnlg.config import CheckpointError
 from mtnlg.interop.lazy_tensor import Cut, Parts, cut_and_read, lazy
 from mtnlg.interop.safetensors_file import safetensors_in
+from mtnlg.interop.torch_file import as_lazy, read_torch_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLE_NAME = "pytorch_model.bin"
 MAX_SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SLICES_KEY = "DCP_SHARDING_INFO"  # torch.distributed.checkpoint's note of where a slice belongs
@@ -55,17 +57,29 @@ class TensorFolder:
 
     @classmethod
     def of_hugging_face(cls, folder: Path) -> TensorFolder:
-        """``model.safetensors``, or the shards that ``model.safetensors.index.json`` names."""
-        index = folder / INDEX_NAME
+        """``model.safetensors``, or the shards that its index names; else ``pytorch_model.bin``, likewise.
+
+        The latter are pickles: read with torch's ``weights_only``, which runs nothing of them.
+        """
         if (folder / SINGLE_NAME).is_file():
             return cls([folder / SINGLE_NAME])
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{index}: not a safetensors index ({error}).") from None
-            return cls([folder / Path(name).name for name in names])
+        if (folder / INDEX_NAME).is_file():
+            return cls(_shards_of(folder / INDEX_NAME))
+        if (folder / f"{PICKLE_NAME}.index.json").is_file():
+            return cls._of_pickles(_shards_of(folder / f"{PICKLE_NAME}.index.json"))
+        if (folder / PICKLE_NAME).is_file() and not any(folder.glob("*.safetensors")):
+            return cls._of_pickles([folder / PICKLE_NAME])
         return cls.of_folder(folder)
+
+    @classmethod
+    def _of_pickles(cls, files: Sequence[Path]) -> TensorFolder:
+        found: dict[str, Tensor] = {}
+        for file in files:
+            held = read_torch_file(file)
+            if not isinstance(held, Mapping) or not all(isinstance(one, Tensor) for one in held.values()):
+                raise CheckpointError(f"{file}: it holds something else than named tensors.")
+            found |= {name: as_lazy(tensor) for name, tensor in held.items()}
+        return cls.of_tensors(found)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> TensorFolder:
@@ -130,6 +144,15 @@ class TensorFolder:
         for name, tensor in tensors.items():
             offsets = tuple(notes.get(name, {}).get("saved_offsets", [0] * tensor.dim()))
             self._entries.setdefault(name, _Entry()).parts.append((offsets, tensor))
+
+
+def _shards_of(index: Path) -> list[Path]:
+    """The files that an index names, all of its own folder."""
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of weights ({error}).") from None
+    return [index.parent / Path(name).name for name in names]
 
 
 def write_tensors(

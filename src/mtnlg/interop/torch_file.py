@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,22 @@ def read_torch_file(path: Path) -> Any:
         names = get_unsafe_globals_in_checkpoint(path) if is_zip else []
         refused = [name for name in names if name != "argparse.Namespace" and not name.startswith(_INERT)]
         if refused:
-            raise CheckpointError(
-                f"{path}: its pickle names {', '.join(sorted(refused)[:4])}, which could run code, so it "
-                "is not opened."
-            )
+            raise _refusal(path, sorted(refused)[:4])
         records: list[Any] = [(type(name.rsplit(".", 1)[1], (Record,), {}), name) for name in names]
         with safe_globals([argparse.Namespace, *records]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({reason}).") from None
+        if named := re.search(r"GLOBAL (\S+)", str(error)):  # torch's words go on with dangerous advice
+            raise _refusal(path, [named[1].rstrip(".,")]) from None
+        raise CheckpointError(f"{path}: cannot be read: damaged, or no file of torch.save.") from None
+
+
+def _refusal(path: Path, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: its pickle names {', '.join(names)}, which could run code, so it is not opened."
+    )
 
 
 class InMemory:
