@@ -36,13 +36,11 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 class Setting(Protocol):
-    """Some fields of ours and the keys that say them.
+    """Some fields of ours and the keys that say them."""
 
-    Attributes:
-        names: our fields that are said here.
-    """
-
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Our fields that are said here."""
 
     def read(self, values: Values, where: str) -> Values:
         """Our fields for the keys of a parsed ``config.json``.
