@@ -1,4 +1,4 @@
-"""Encoder-decoders laid out: which rank holds what, dropout, recomputation (cases/objectives.py: parity)."""
+"""Encoder-decoders laid out: which rank holds what, dropout, recomputation (parity: cases/)."""
 
 import torch
 from tests.parallel.encoder_workers import dropped_places, gradients_with_dropout, names_of_stages
