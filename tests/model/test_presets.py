@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtnlg.config import PRESETS, MegatronModelConfig
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import MegatronEncoderDecoder, MegatronLmDecoder
 
 PUBLISHED = {  # billions, to the digits given by the papers and model cards
     "gpt2": (0.124, 3),
@@ -24,6 +24,13 @@ PUBLISHED = {  # billions, to the digits given by the papers and model cards
     "qwen2.5-7b": (7.62, 2),
     "mixtral-8x7b": (46.7, 1),
     "qwen3-30b-a3b": (30.5, 1),
+    "t5-small": (0.0605, 4),  # 60.5 million
+    "t5-base": (0.223, 3),
+    "t5-v1.1-xl": (2.8, 1),
+    "t5-v1.1-xxl": (11.1, 1),
+    "mt5-small": (0.3, 1),
+    "mt5-base": (0.58, 2),
+    "mt5-xxl": (12.9, 1),
 }
 ACTIVE = {"mixtral-8x7b": 12.9, "qwen3-30b-a3b": 3.3}
 
@@ -32,9 +39,10 @@ ACTIVE = {"mixtral-8x7b": 12.9, "qwen3-30b-a3b": 3.3}
 def test_the_predicted_count_is_the_built_models(name):
     config = MegatronModelConfig.from_preset(name)
     with torch.device("meta"):
-        model = MegatronLmDecoder(config)
+        has_encoder = config.architecture == "encoder_decoder"
+        model = (MegatronEncoderDecoder if has_encoder else MegatronLmDecoder)(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == config.num_parameters
-    layer = sum(parameter.numel() for parameter in model.layers["0"].parameters())
+    layer = sum(parameter.numel() for parameter in model.layers[str(config.total_layers - 1)].parameters())
     assert layer == config.num_parameters_per_layer
 
 

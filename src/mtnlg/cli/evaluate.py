@@ -54,11 +54,17 @@ def run(arguments: Namespace) -> int:
 
 def _measure(arguments: Namespace, progress: Progress) -> PerplexityResult:
     from mtnlg.cli.models import open_model, run_folder
+    from mtnlg.config import ConfigError
 
     folder = None if arguments.files else run_folder(arguments.model)
     from mtnlg.evaluation import evaluate_files, evaluate_run
 
     model, tokenizer = open_model(arguments.model, arguments.device)
+    if model.config.architecture == "encoder_decoder":
+        raise ConfigError(
+            f"{arguments.model} is an encoder-decoder, and this scores texts that a decoder continues: what an "
+            "encoder-decoder loses on its own objective is in its run's metrics."
+        )
     options = _picked(arguments, "max_tokens", "window", "stride", "batch_size")
     if folder is not None:
         return evaluate_run(model, tokenizer, folder, arguments.split, progress=progress, **options)

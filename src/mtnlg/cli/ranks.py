@@ -119,6 +119,8 @@ def _check(files: ModelFiles, tensor: int, pipeline: int, device_type: str) -> N
     from mtnlg.parallel.mesh import ranks_present
 
     problems = inference_problems(inference_layout(tensor, pipeline), files.config)
+    if files.config.architecture == "encoder_decoder":
+        problems = ["an encoder-decoder generates on one rank only: leave the parallel sizes at 1."]
     size, present = tensor * pipeline, ranks_present()
     asked = f"tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} are {size} ranks"
     if present is not None and present != size:

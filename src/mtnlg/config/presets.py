@@ -3,7 +3,7 @@
 Figures: GPT-2 (Radford et al. 2019), GPT-3 (arXiv 2005.14165, table 2.1, with Megatron's padded
 vocabulary), Megatron-LM (arXiv 2104.04473, table 1), MT-NLG (arXiv 2201.11990, section 2), Llama 2
 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783), Qwen2.5 (arXiv 2412.15115), Mixtral (arXiv 2401.04088),
-Qwen3 (arXiv 2505.09388). The ``tiny`` sizes are ours, for laptops.
+Qwen3 (arXiv 2505.09388), T5 (arXiv 1910.10683), mT5 (arXiv 2010.11934). The ``tiny`` sizes are ours, for laptops.
 """
 
 from __future__ import annotations
@@ -44,6 +44,26 @@ def _llama(
         mlp_bias=False,
         tie_word_embeddings=False,
         max_position_embeddings=4096,
+    )
+    return _gpt(layers, hidden, heads, **{**family, **fields})
+
+
+def _t5(layers: int, hidden: int, heads: int, ffn: int, vocab: int, **fields: Any) -> dict[str, Any]:
+    family = dict(
+        architecture="encoder_decoder",
+        vocab_size=vocab,
+        intermediate_size=ffn,
+        head_dim=64,
+        position_embedding="relative",
+        normalization="rmsnorm",
+        layernorm_eps=1e-6,
+        activation_function="geglu_tanh",
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        max_position_embeddings=4096,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
     )
     return _gpt(layers, hidden, heads, **{**family, **fields})
 
@@ -108,6 +128,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": _llama(28, 3584, 28, 4, 18944, 152064, max_position_embeddings=131072, **_QWEN),
     "mixtral-8x7b": _llama(32, 4096, 32, 8, 14336, 32000, **_MIXTRAL),
     "qwen3-30b-a3b": _llama(48, 2048, 32, 4, 6144, 151936, **_QWEN3_MOE),
+    "t5-small": _t5(6, 512, 8, 2048, 32128, activation_function="relu", tie_word_embeddings=True),
+    "t5-base": _t5(12, 768, 12, 3072, 32128, activation_function="relu", tie_word_embeddings=True),
+    "t5-v1.1-small": _t5(8, 512, 6, 1024, 32128),
+    "t5-v1.1-base": _t5(12, 768, 12, 2048, 32128),
+    "t5-v1.1-large": _t5(24, 1024, 16, 2816, 32128),
+    "t5-v1.1-xl": _t5(24, 2048, 32, 5120, 32128),
+    "t5-v1.1-xxl": _t5(24, 4096, 64, 10240, 32128),
+    "mt5-small": _t5(8, 512, 6, 1024, 250112),
+    "mt5-base": _t5(12, 768, 12, 2048, 250112),
+    "mt5-xxl": _t5(24, 4096, 64, 10240, 250112),
 }
 
 

@@ -56,6 +56,7 @@ class Backend:
         """
         start = tokenizer.special_tokens.get(tokenizer.special_names.get("bos_token", ""))
         is_known = start is not None and start < model.config.vocab_size
+        is_known = is_known and model.config.architecture == "decoder"  # else the prompt is a source
         return cls(
             engine=Engine(model, tokenizer.decode, config),
             tokenizer=tokenizer,

@@ -73,7 +73,7 @@ def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
         folder = _from_elsewhere(name_or_path)
     if is_checkpoint(folder) or is_run(folder):
         saved = open_checkpoint(folder) if is_checkpoint(folder) else open_run(folder)
-        tokenizer = _read_tokenizer(saved.tokenizer_dir)
+        tokenizer = _read_tokenizer(saved.tokenizer_dir, saved.config)
         if (base := base_of_run(saved)) is not None:
             return replace(with_saved_adapter(open_model_files(base), saved), tokenizer=tokenizer)
         return ModelFiles(saved.config, tokenizer, saved.read_weights, saved.stream_weights)
