@@ -334,7 +334,7 @@ def test_a_fault_of_ours_tells_nothing(start, monkeypatch):
         def fail(*_args):
             raise RuntimeError("secret")
 
-        monkeypatch.setattr(running.server.state, "check_model", fail)
+        monkeypatch.setattr(running.server.state, "chosen_adapter", fail)
         answer = running.post("/v1/completions", TEXT)
         assert answer.status_code == 500
         error = error_of(answer)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtnlg.serving.chat_answer import Stripper
-from mtnlg.serving.tools import Call, ToolReader, call_grammar
+from mtnlg.serving.tools import Call, Piece, ToolReader, call_grammar, joined
 
 ROME = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
 CASES = {
@@ -31,14 +31,22 @@ CASES = {
 }
 
 
+def content_of(arguments):
+    """The JSON, or the text where a model wrote none."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
 def read(pieces):
     """Texts joined, calls as (name, arguments)."""
     reader = ToolReader(["weather"])
     parts = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
     found = []
-    for part in parts:
+    for part in joined(parts):
         if isinstance(part, Call):
-            found.append((part.name, json.loads(part.arguments)))
+            found.append((part.name, content_of(part.arguments)))
         elif found and isinstance(found[-1], str):
             found[-1] += part
         else:
@@ -58,7 +66,31 @@ def test_pieces_say_what_the_whole_says(text, cuts):
     assert read(pieces) == CASES[text]
 
 
+@pytest.mark.parametrize("name", ["arguments", "parameters"])
+@pytest.mark.parametrize("is_bare", [False, True])
+def test_arguments_are_handed_on_as_they_come(name, is_bare):
+    arguments = '{"city": "a }\\" b", "days": [{"n": 1}, {}]}'
+    text = f'{{"name": "weather", "{name}": {arguments}}}'
+    text = text if is_bare else f"<tool_call>\n{text}\n</tool_call>"
+    reader = ToolReader(["weather"])
+    parts = [(place, part) for place, letter in enumerate(text) for part in reader.push(letter)]
+    assert reader.finish() == []
+    begin = text.index(arguments)
+    expected = [(begin, Call("weather"))]
+    expected += [(begin + place, Piece(letter)) for place, letter in enumerate(arguments)]
+    assert parts == expected
+    assert reader.num_calls == 1
+
+
+def test_a_call_that_breaks_off_keeps_what_it_has():
+    reader = ToolReader(["weather"])
+    parts = reader.push('<tool_call>{"name": "weather", "arguments": {"city": "Ro') + reader.finish()
+    assert joined(parts) == [Call("weather", '{"city": "Ro')]
+
+
 FRAGMENTS = [
+    '{"name": "weather", "arguments": {"a": [',
+    "}}",
     "<tool_call>",
     "</tool_call>",
     "{",

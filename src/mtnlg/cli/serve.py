@@ -68,6 +68,8 @@ def _add_limits(add: Callable[..., object]) -> None:
     add("--max-connections", type=int, default=1024, help="open at a time")
     add("--request-timeout", type=float, default=600.0, help="seconds for an answer; 0 is no limit")
     add("--body-timeout", type=float, default=30.0, help="seconds for a request's body")
+    what = "seconds for preparing a schema, expression or grammar"
+    add("--constraint-timeout", type=float, default=10.0, help=what)
     add("--drain-timeout", type=float, default=30.0, help="seconds for running answers after SIGTERM")
 
 
@@ -121,6 +123,7 @@ def server_config(arguments: Namespace) -> ServerConfig:
         max_connections=arguments.max_connections,
         request_timeout_seconds=arguments.request_timeout,
         body_timeout_seconds=arguments.body_timeout,
+        constraint_timeout_seconds=arguments.constraint_timeout,
         drain_timeout_seconds=arguments.drain_timeout,
         log_prompts=arguments.log_prompts,
         log_format=arguments.log_format,

@@ -38,6 +38,7 @@ class ServerConfig:
         allow_origins: other web origins whose pages may call the API (CORS); ``*`` is any.
         page: serve the chat page at ``/``.
         ignore_unknown_fields: let requests hold fields that nobody here knows, instead of refusing them.
+        constraint_timeout_seconds: longest that preparing a schema, expression or grammar may take.
         admin_key: key with which adapters are loaded and removed; ``None`` lets nobody do it.
         adapter_folder: where they are looked for; ``None`` loads none while running.
 
@@ -68,6 +69,7 @@ class ServerConfig:
     allow_origins: tuple[str, ...] = ()
     page: bool = True
     ignore_unknown_fields: bool = False
+    constraint_timeout_seconds: float = 10.0
     admin_key: str | None = None
     adapter_folder: str | None = None
 
@@ -81,7 +83,12 @@ class ServerConfig:
             problems += self._below(name, 1)
         for name in ("request_timeout_seconds", "drain_timeout_seconds", "keep_alive_seconds"):
             problems += self._below(name, 0)
-        for name in ("header_timeout_seconds", "body_timeout_seconds", "send_timeout_seconds"):
+        for name in (
+            "header_timeout_seconds",
+            "body_timeout_seconds",
+            "send_timeout_seconds",
+            "constraint_timeout_seconds",
+        ):
             if not 0 < getattr(self, name) < float("inf"):
                 problems.append(f"{name} is {getattr(self, name)}: it must be above 0 and finite.")
         if self.log_format not in LOG_FORMATS:

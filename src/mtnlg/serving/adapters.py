@@ -25,7 +25,7 @@ async def add_adapter(body: AdapterRequest, request: Request) -> JSONResponse:
         message = f"There is a model '{body.name}' already: remove it, or choose another name."
         raise ApiError(409, message, param="name", code="already_exists")
     try:
-        loaded = await off_the_loop(state, lambda: shelf.load(body.name, folder))
+        loaded = await off_the_loop(state, lambda: shelf.load(body.name, folder), is_slow=True)
     except (CheckpointError, ConfigError) as error:
         raise invalid(f"Invalid 'path': {error}", "path", "invalid_adapter") from error
     log("adapter_loaded", name=body.name, folder=str(folder))

@@ -70,8 +70,10 @@ class Backend:
         self.vocabulary = Vocabulary(self.tokenizer)
         self.vocab_size: int = self.engine.runner.vocab_size
         self.end_ids = tuple(default_end_ids(self.tokenizer))
-        # Two threads tokenize and compile rules; the event loop never does.
+        # Two threads tokenize; the event loop never does.
         self.workers = ThreadPoolExecutor(2, thread_name_prefix="mtnlg-requests")
+        # What may take long, so that nobody else's text waits for it: compiling rules, summaries, adapters.
+        self.slow_workers = ThreadPoolExecutor(4, thread_name_prefix="mtnlg-slow")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -95,4 +97,5 @@ class Backend:
     def close(self, drain_seconds: float = 0.0) -> None:
         """Stop the engine and the threads."""
         self.engine.close(drain_seconds)
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self.workers, self.slow_workers):
+            workers.shutdown(wait=False, cancel_futures=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from mtnlg.config.errors import ConfigError, DataError
 from mtnlg.generation.constraint import Constraint
-from mtnlg.generation.dialogue_format import DialoguePrompt, dialogue_prompt
 from mtnlg.serving.chat_answer import ChatAnswer
-from mtnlg.serving.chat_schemas import ChatRequest, Message, Tool, ToolCall
+from mtnlg.serving.chat_schemas import ChatRequest, Tool
+from mtnlg.serving.conversation import Conversation, prompt_in_window, prompt_of
 from mtnlg.serving.errors import invalid
 from mtnlg.serving.jobs import Job
 from mtnlg.serving.prompts import (
@@ -22,17 +19,11 @@ from mtnlg.serving.prompts import (
     check_lengths,
     compiled,
     constraint_of,
-    off_the_loop,
     sequences,
 )
 from mtnlg.serving.state import ServerState, state_of, visit_of
 from mtnlg.serving.streaming import EventStream, finish
 from mtnlg.serving.tools import call_grammar, chosen_tools
-
-# What the template gets from the server and nobody may override.
-RESERVED = frozenset(
-    ("tokenizer", "messages", "tools", "form", "max_tokens", "is_open", "add_generation_prompt")
-)
 
 
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -43,7 +34,12 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     tools, must_call = chosen_tools(body.tools, body.tool_choice)
     check_count(state, body.n or 1, "n")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    prompt = await prompt_of(state, body.messages, tools, body.chat_template_kwargs or {}, wanted)
+    conversation = Conversation(body.messages, tools, body.chat_template_kwargs or {}, wanted)
+    notices: list[str] = []
+    if body.context_policy in ("drop", "summarise"):
+        prompt, notices = await prompt_in_window(state, visit, conversation, body, adapter)
+    else:
+        prompt = await prompt_of(state, conversation)
     ids = prompt.ids
     check_lengths(state, [ids], wanted or 1, "messages", adapter)
     base = base_request(state, visit, body, adapter)
@@ -55,13 +51,14 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     base.logprobs = (body.top_logprobs or 0) if body.logprobs else None
     job = Job(state, visit, sequences(base, [ids], body.n or 1), is_open_ended=wanted is None)
     answer = ChatAnswer(state, body, job, [tool.function.name for tool in tools], prompt.format)
+    headers = {"x-context-notice": " ".join(notices)} if notices else {}
     if body.stream:
-        return EventStream(job, visit, answer)
+        return EventStream(job, visit, answer, headers)
     await finish(request, job)
     if state.config.log_prompts:
         messages = [message.model_dump(exclude_none=True) for message in body.messages]
         visit.facts |= {"messages": messages, "answer": [found.text for found in job.generations]}
-    return JSONResponse(answer.whole())
+    return JSONResponse(answer.whole(), headers=headers)
 
 
 def _check(body: ChatRequest) -> None:
@@ -80,82 +77,6 @@ def _check(body: ChatRequest) -> None:
         if turn.role == "tool" and turn.tool_call_id is None:
             text = f"Missing required parameter: '{where}.tool_call_id'."
             raise invalid(text, f"{where}.tool_call_id", "missing_required_parameter")
-
-
-async def prompt_of(
-    state: ServerState,
-    messages: Sequence[Message],
-    tools: Sequence[Tool],
-    variables: dict[str, Any],
-    wanted: int | None = None,
-) -> DialoguePrompt:
-    """The conversation as the model reads it.
-
-    Args:
-        state: the server's.
-        messages: of the request.
-        tools: that may be called.
-        variables: for the template.
-        wanted: tokens that the answer needs room for.
-
-    Raises:
-        ApiError: 400: too long, or the template refuses it.
-    """
-    plain = [as_template_message(message, number) for number, message in enumerate(messages)]
-    described = [tool.model_dump(exclude_none=True) for tool in tools] or None
-    backend = state.backend
-    limit = backend.engine.max_length
-    least = sum(backend.least_tokens(message["content"]) for message in plain)
-    if least > limit:
-        raise invalid(
-            f"This model's maximum context length is {limit} tokens. However, your messages resulted in "
-            f"at least {least}. Please reduce the length of the messages.",
-            "messages",
-            "context_length_exceeded",
-        )
-    if taken := RESERVED & variables.keys():
-        message = f"Invalid 'chat_template_kwargs': {min(taken)} is set by the server."
-        raise invalid(message, "chat_template_kwargs", "invalid_value")
-    room = max(1, limit - (wanted or limit // 4))
-    try:
-        return await off_the_loop(
-            state,
-            lambda: dialogue_prompt(
-                backend.tokenizer, plain, described, form=backend.form, max_tokens=room, **variables
-            ),
-        )
-    except (ConfigError, DataError) as error:
-        param = "tools" if described and not backend.form.can_use_tools else "messages"
-        raise invalid(f"Invalid '{param}': {error}", param, "invalid_value") from error
-
-
-def as_template_message(message: Message, number: int) -> dict[str, Any]:
-    """A message as templates know it: plain text, arguments of calls as objects."""
-    content = message.content or ""
-    if not isinstance(content, str):
-        content = "\n".join(part.text for part in content)
-    role = "system" if message.role == "developer" else message.role
-    found: dict[str, Any] = {"role": role, "content": content}
-    if message.name is not None:
-        found["name"] = message.name
-    if message.tool_call_id is not None:
-        found["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        where = f"messages[{number}].tool_calls"
-        found["tool_calls"] = [
-            _template_call(call, f"{where}[{place}]") for place, call in enumerate(message.tool_calls)
-        ]
-    return found
-
-
-def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except ValueError as error:
-        where += ".function.arguments"
-        raise invalid(f"Invalid '{where}': it is no JSON.", where, "invalid_value") from error
-    function = {"name": call.function.name, "arguments": arguments}
-    return {"id": call.id, "type": "function", "function": function}
 
 
 async def _constraint(state: ServerState, body: ChatRequest, called: Sequence[Tool]) -> Constraint | None:

@@ -15,7 +15,7 @@ from mtnlg.serving.chat_schemas import ChatRequest, NamedTool
 from mtnlg.serving.jobs import FINISH_REASONS, Job
 from mtnlg.serving.state import ServerState
 from mtnlg.serving.streaming import as_event, dumps
-from mtnlg.serving.tools import Call, ToolReader
+from mtnlg.serving.tools import Call, Piece, ToolReader, joined
 
 
 class ChatAnswer:
@@ -71,7 +71,7 @@ class ChatAnswer:
         num_calls = 0
         if self._tool_names:
             reader = ToolReader(self._tool_names)
-            parts = [*reader.push(generation.text), *reader.finish()]
+            parts = joined([*reader.push(generation.text), *reader.finish()])
             calls = [part.as_json() for part in parts if isinstance(part, Call)]
             if calls:
                 num_calls = len(calls)
@@ -131,6 +131,10 @@ class ChatAnswer:
             if isinstance(part, Call):
                 delta = dumps({"tool_calls": [{"index": number, **part.as_json()}]})
                 number += 1
+                chunks += self._chunk(index, delta, found)
+            elif isinstance(part, Piece):
+                function = {"arguments": part.text}
+                delta = dumps({"tool_calls": [{"index": number - 1, "function": function}]})
                 chunks += self._chunk(index, delta, found)
             else:
                 chunks += self._chunk(index, f'{{"content":{quote(part)}}}', found)

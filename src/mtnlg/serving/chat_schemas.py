@@ -118,4 +118,9 @@ class ChatRequest(Sampling):
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: str | None = Field(None, description="Read and ignored.")
     verbosity: str | None = Field(None, description="Read and ignored.")
+    context_policy: Literal["refuse", "drop", "summarise"] | None = Field(
+        None,
+        description="What becomes of the oldest turns where the conversation is longer than the context: "
+        "refuse (the default), drop, or summarise them.",
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the template.")

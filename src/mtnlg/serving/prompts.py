@@ -29,9 +29,10 @@ GUIDED = {
 }
 
 
-async def off_the_loop(state: ServerState, work: Callable[[], Result]) -> Result:
-    """Do something slow in a thread, so that nobody else waits for it."""
-    return await asyncio.get_running_loop().run_in_executor(state.backend.workers, work)
+async def off_the_loop(state: ServerState, work: Callable[[], Result], is_slow: bool = False) -> Result:
+    """Do something in a thread, so that nobody else waits for it; slow things in threads of their own."""
+    workers = state.backend.slow_workers if is_slow else state.backend.workers
+    return await asyncio.get_running_loop().run_in_executor(workers, work)
 
 
 async def prompt_rows(
@@ -202,18 +203,26 @@ async def compiled(state: ServerState, kind: str, value: Any, param: str) -> Con
     """A rule, ready for use.
 
     Raises:
-        ApiError: 400: it cannot be used; the message says what is wrong with it.
+        ApiError: 400: it cannot be used, or takes too long; the message says what is wrong with it.
     """
-    from mtnlg.generation.constraints.options import constraint_from_options
+    from mtnlg.generation.constraints import options
 
-    backend = state.backend
-    try:
-        return await off_the_loop(
-            state,
-            lambda: constraint_from_options(
-                backend.tokenizer, backend.vocab_size, kind, value, backend.end_ids
-            ),
+    backend, seconds = state.backend, state.config.constraint_timeout_seconds
+
+    def compile_rule() -> Constraint:
+        return options.constraint_from_options(
+            backend.tokenizer, backend.vocab_size, kind, value, backend.end_ids
         )
+
+    try:
+        async with asyncio.timeout(seconds):
+            return await off_the_loop(state, compile_rule, is_slow=True)
+    except TimeoutError as error:
+        message = (
+            f"Invalid '{param}': the rule was not ready after {seconds:g} seconds. Use a simpler one, or "
+            "ask the server's owner for a longer --constraint-timeout."
+        )
+        raise invalid(message, param, "constraint_too_slow") from error
     except ConfigError as error:
         raise invalid(f"Invalid '{param}': {' '.join(error.problems)}", param, "invalid_value") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Protocol
 
 from starlette.requests import Request
@@ -86,10 +86,13 @@ class EventStream(Response):
         job: what is answered.
         visit: the request.
         writer: what to write.
+        headers: beside the usual ones.
     """
 
-    def __init__(self, job: Job, visit: Visit, writer: ChunkWriter) -> None:
-        super().__init__(headers=HEADERS)
+    def __init__(
+        self, job: Job, visit: Visit, writer: ChunkWriter, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(headers={**HEADERS, **(headers or {})})
         del self.headers["content-length"]
         self._job, self._visit, self._writer = job, visit, writer
 

@@ -8,8 +8,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import TypeAdapter, ValidationError
 
-from mtnlg.serving.chat import prompt_of
 from mtnlg.serving.chat_schemas import Message
+from mtnlg.serving.conversation import Conversation, prompt_of
 from mtnlg.serving.errors import invalid, of_validation
 from mtnlg.serving.prompts import off_the_loop, text_ids
 from mtnlg.serving.schemas import DetokenizeRequest, TokenizeRequest
@@ -30,7 +30,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> JSONResponse:
         except ValidationError as error:
             problems = [{**found, "loc": ("messages", *found["loc"])} for found in error.errors()]
             raise of_validation(problems) from error
-        ids = (await prompt_of(state, messages, [], {})).ids
+        ids = (await prompt_of(state, Conversation(messages))).ids
     else:
         start = list(state.backend.start_ids) if body.add_special_tokens else []
         ids = start + await text_ids(state, body.prompt or "", "prompt", body.parse_special)
