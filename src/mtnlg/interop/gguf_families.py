@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtnlg.config import ConfigError, MegatronModelConfig
 from mtnlg.interop.architectures import nearest_architecture
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.model.rotary_scaling import plain_frequencies, rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class GgufFamily:
     turns_pairs: bool = False
 
 
+_FIXED_FREQUENCIES = ("linear", "llama3")  # whatever the text's length: one factor for each pair
+ROTARY_FACTORS = "rope_freqs.weight"
 _LLAMA = GgufFamily("llama", ("swiglu",), turns_pairs=True)
 FAMILIES = {  # by Hugging Face's name
     "gpt2": GgufFamily("gpt2", ("gelu_tanh", "gelu"), fuses_queries=True),
@@ -72,7 +76,8 @@ class GgufTensor:
 
     Args:
         name: llama.cpp's.
-        ours: our parameters, which it holds one after the other along the output axis.
+        ours: our parameters, which it holds one after the other along the output axis; none for
+            ``ROTARY_FACTORS``.
         shape: of it, outermost axis first.
         heads: rows are to be reordered within so many heads; ``None`` leaves them.
     """
@@ -95,10 +100,13 @@ def gguf_family(config: MegatronModelConfig) -> GgufFamily:
         raise ConfigError(
             f"GGUF: models of the family {model_type} cannot be written; only {', '.join(FAMILIES)} can."
         )
-    wrong = [name for name in ("rotary_scaling", "sliding_window") if getattr(config, name) is not None]
-    if wrong:
+    if config.sliding_window is not None:
+        raise ConfigError(f"GGUF: sliding_window is {config.sliding_window}: it must be None.")
+    scaling = (config.rotary_scaling or {}).get("rope_type")
+    if scaling is not None and not (family is _LLAMA and scaling in _FIXED_FREQUENCIES):
+        kinds = " or ".join(_FIXED_FREQUENCIES)
         raise ConfigError(
-            f"GGUF: {wrong[0]} is {getattr(config, wrong[0])!r}: it cannot be written; it must be None."
+            f"GGUF: rotary_scaling is {scaling!r} in a {family.name}: it must be {kinds} in a llama."
         )
     if config.activation_function not in family.activations:
         raise ConfigError(
@@ -121,6 +129,8 @@ def gguf_tensors(config: MegatronModelConfig) -> list[GgufTensor]:
         del state["head.output.weight"]
     shapes = {name: tuple(parameter.shape) for name, parameter in state.items()}
     found = []
+    if config.rotary_scaling is not None:
+        found.append(GgufTensor(ROTARY_FACTORS, (), (config.rotary_dim // 2,)))
     for ours, shape in shapes.items():
         if family.fuses_queries and ".attention.query." in ours:
             parts = tuple(ours.replace("query", part) for part in ("query", "key", "value"))
@@ -142,6 +152,13 @@ def gguf_name(ours: str) -> str:
     if match["layer"] is None:
         return f"{_ENDS[match['part']]}.{kind}"
     return f"blk.{match['layer']}.{_PARTS[match['part']]}.{kind}"
+
+
+def rotary_factors(config: MegatronModelConfig) -> Tensor:
+    """What llama.cpp divides the frequency of each pair by, float32."""
+    scaled, _ = rotary_frequencies(config, torch.zeros(1, 1, dtype=torch.long))
+    plain = plain_frequencies(config.rotary_base, config.rotary_dim, torch.device("cpu"))
+    return (plain / scaled).flatten()
 
 
 def _heads(family: GgufFamily, config: MegatronModelConfig, ours: str) -> int | None:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
 from mtnlg.config.progress import Progress, no_progress
-from mtnlg.interop.gguf_families import GgufTensor, gguf_family, gguf_settings, gguf_tensors
+from mtnlg.interop.gguf_families import (
+    GgufTensor,
+    gguf_family,
+    gguf_settings,
+    gguf_tensors,
+    rotary_factors,
+)
 from mtnlg.interop.gguf_tokenizer import add_tokenizer
 from mtnlg.tokens import Tokenizer
 
@@ -73,7 +79,7 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_tensors(writer, tensors, kinds, stream, progress)
+        _write_tensors(writer, config, tensors, kinds, stream, progress)
         writer.close()
         os.replace(partial, path)
     except OSError as error:
@@ -136,6 +142,7 @@ def _write_header(
 
 def _write_tensors(
     writer: GGUFWriter,
+    config: MegatronModelConfig,
     tensors: list[GgufTensor],
     kinds: list[GGMLQuantizationType],
     stream: Stream,
@@ -149,7 +156,8 @@ def _write_tensors(
         missing = [name for name in tensor.ours if name not in found]
         if missing:
             raise CheckpointError(f"weights are missing: {', '.join(missing)}.")
-        numbers = to_gguf(tensor, [found[name] for name in tensor.ours])
+        ours = [found[name] for name in tensor.ours]
+        numbers = to_gguf(tensor, ours) if ours else rotary_factors(config)
         quantized = gguf.quants.quantize(numbers.numpy(), kind)
         writer.write_tensor_data(quantized)
         done += numbers.nbytes
