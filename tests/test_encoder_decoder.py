@@ -59,14 +59,8 @@ def mt5_folder(transformers, tmp_path_factory) -> Path:
 
 
 def test_the_program_of_mt5_users_runs_as_written(mt5_folder, transformers, tmp_path):
-    program = """
-from mtnlg import MT5ForConditionalGeneration, MT5Tokenizer
-tokenizer = MT5Tokenizer.from_pretrained(model_name)
-model = MT5ForConditionalGeneration.from_pretrained(model_name)
-input_ids = tokenizer.encode("人工智能的未来发展趋势是什么？", return_tensors="pt")
-output_ids = model.generate(input_ids)
-print(tokenizer.decode(output_ids[0], skip_special_tokens=True))
-"""
+    page = (TEXTS.parents[1] / "docs" / "encoder-decoder.md").read_text("utf-8")
+    program = page.split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {"model_name": str(mt5_folder), "print": lambda text: names.update(said=text)}
     exec(program, names)
     theirs = transformers.MT5ForConditionalGeneration.from_pretrained(mt5_folder)
