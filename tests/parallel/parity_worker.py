@@ -94,7 +94,10 @@ def count_valid(batches: list[list[Batch]]) -> int:
 
 
 def whole_weights(model: ParallelModel) -> dict[str, Any]:
-    return {name: array(weight) for name, weight in model.state_dict().items()}
+    """Of an adapter's model only what is trained: frozen weights are kept in the computation's dtype."""
+    trained = {name for name, item in model.named_parameters() if item.requires_grad}
+    weights = model.state_dict().items()
+    return {name: array(weight) for name, weight in weights if model.adapter is None or name in trained}
 
 
 def array(tensor: Any) -> Any:

@@ -30,7 +30,7 @@ from mtnlg.parallel.recompute import recompute_activations
 from mtnlg.parallel.stage import Stage
 from mtnlg.parallel.tensor import split_matrices
 from mtnlg.parallel.weights import initialize
-from mtnlg.quantization import round_in_training
+from mtnlg.quantization import quantize_model, round_in_training
 
 
 def lay_out(
@@ -75,6 +75,8 @@ def _lay_out_stage(
 ) -> Stage:
     """One stage, laid out on the meta device: memory comes when it is known which part is ours."""
     decoder = _cut(config, mesh, number)
+    if config.quantize and adapter is not None:  # QLoRA; the head and its loss stay as they are
+        quantize_model(decoder.layers, QuantizeConfig.from_dict(config.quantize_config))
     float8 = Float8Product() if precision.fp8 else None
     sends_while_multiplying = use_async_tensor_parallel(mesh, switches) and float8 is None
     split_matrices(decoder, mesh, sends_while_multiplying, float8)

@@ -186,8 +186,12 @@ class ParallelModel:
         return self._routing.load()
 
     def move_router_biases(self, load: ExpertLoad) -> None:
-        """After an optimizer step: balance the experts by their load, where the config says so."""
-        self._routing.move_biases(load)
+        """After an optimizer step: balance the experts by their load, where the config says so.
+
+        Beside an adapter they stay as they are, like all of the base.
+        """
+        if self.adapter is None:
+            self._routing.move_biases(load)
 
     def gradient_norm(self) -> Tensor:
         """Norm of the gradients of the whole model, the tied embedding counted once (float32 scalar)."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from mtnlg.config import CheckpointError
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.parallel.weights import local_slice
+from mtnlg.quantization import quantized_linears
+from mtnlg.quantization.numbers import quantize
 from mtnlg.training.optimizers import local
 
 Stream = Callable[..., Iterator[tuple[str, Tensor]]]
@@ -53,3 +55,33 @@ def load_weights(model: ParallelModel, stream: Stream, where: str, wanted: Calla
     if missing:
         shown = ", ".join(sorted(missing)[:6])
         raise CheckpointError(f"{where}: weights are missing: {shown}.")
+
+
+@torch.no_grad()
+def load_codes(model: ParallelModel, stream: Stream, where: str) -> None:
+    """Round the base's matrices into the quantized layers below an adapter, one after the other.
+
+    Args:
+        model: laid out; without quantized layers nothing happens.
+        stream: as of :func:`load_weights`.
+        where: the base, for errors.
+
+    Raises:
+        CheckpointError: a matrix is missing: the base is quantized already.
+    """
+    linears = {
+        f"{name}.weight": linear
+        for stage in model.stages
+        for name, linear in quantized_linears(stage.decoder).items()
+    }
+    missing = set(linears)
+    for name, whole in stream(frozenset(linears)) if linears else ():
+        if name in linears:
+            linear = linears[name]
+            linear.set_codes(quantize(whole, linear.config))
+            missing.discard(name)
+    if missing:
+        raise CheckpointError(
+            f"{where}: {min(missing)} is missing: a base that is quantized already is not tuned; take the "
+            "one it was made from."
+        )

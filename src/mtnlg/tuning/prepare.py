@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from mtnlg.config import ConfigError, DataError, MegatronModelConfig, RunConfig, TuningConfig
@@ -28,6 +28,8 @@ REPORT = "examples.txt"
 # Fields that a tuned model may have otherwise than its base: they do not change what weights mean.
 _FREE = {"hidden_dropout", "attention_dropout", "use_cache", "parallel_output", "pre_process_first"}
 _FREE |= {"post_process_last", "enable_input_require_grads", "init_method_std", "output_layer_init_method"}
+_FREE |= {"quantize", "quantize_config"}
+_FREE |= {field.name for field in fields(MegatronModelConfig) if field.name.startswith("prompt_tuning")}
 
 
 def tuning_of(config: RunConfig) -> TuningConfig:

@@ -23,7 +23,7 @@ from mtnlg.training.tuned_run import saved_adapter
 from mtnlg.training.work import Stream, Work
 from mtnlg.tuning.distillation import learn_from_teacher
 from mtnlg.tuning.example_file import ExampleFile
-from mtnlg.tuning.first_weights import load_weights
+from mtnlg.tuning.first_weights import load_codes, load_weights
 from mtnlg.tuning.prepare import (
     examples_path,
     prepare_tuning,
@@ -82,6 +82,7 @@ class Tuning(Work):
         if tuning.trains_adapter or not resumes:
             base = open_model_files(tuning.base)
             load_weights(model, base.stream, tuning.base, lambda name: not is_of_adapter(name))
+            load_codes(model, base.stream, tuning.base)
         if tuning.trains_adapter and not resumes:
             text = tuning.adapter.init_text
             ids = Tokenizer.from_pretrained(str(config.tokenizer.path)).encode(text) if text else []

@@ -28,9 +28,13 @@ SLICE = [
     Case(tensor=2, data=2, tied=False, layout={"data_parallel_sharding": "zero3"}, adapter=LORA),
 ]
 
+# First gradients differ by 2e-6; weights have taken three steps at a rate of 0.1, each of which multiplies
+# the rounding of the last.
+BOUND = 1.5e-5
+
 CASES = [
     *(
-        Case(*sizes, family=family, adapter=adapter)
+        Case(*sizes, family=family, adapter=adapter, bound=BOUND)
         for sizes in SEVEN
         for family in ("gpt", "llama", "moe")
         for adapter in METHODS
@@ -48,7 +52,7 @@ CASES = [
         for adapter in METHODS
     ),
     *(
-        Case(tensor=4, family="llama", adapter=adapter)  # ranks share key and value heads
+        Case(tensor=4, family="llama", adapter=adapter, bound=BOUND)  # ranks share key and value heads
         for adapter in METHODS
     ),
     *(Case(context=2, adapter=adapter, documents=True) for adapter in (LORA, DORA)),
