@@ -29,7 +29,7 @@ PYTHON_PAGES = [
     *(ROOT / name for name in ("README.md", "README.zh-CN.md")),
     *(
         ROOT / "docs" / f"{name}.md"
-        for name in ("configuration", "engine", "chat", "chat-templates", "sampling", *RULES)
+        for name in ("configuration", "engine", "export", "chat", "chat-templates", "sampling", *RULES)
     ),
 ]
 LARGE_RECIPES = ("mt-nlg-530b", "1t", "gpu")  # read here, too large to run

@@ -130,7 +130,7 @@ def write_megatron(
     dtype: torch.dtype | None = None,
     progress: Progress = no_progress,
 ) -> Path:
-    """Write a checkpoint that Megatron-LM (core 0.8 and newer) loads in any layout of its own.
+    """Write a distributed checkpoint, which Megatron-LM loads in any layout of its own.
 
     Args:
         folder: created if need be; gets a release and the file that names it.
