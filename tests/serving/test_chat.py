@@ -114,7 +114,12 @@ def test_a_tool_that_must_be_called_is_called(client, stream):
     options = {"tools": [WEATHER], "tool_choice": "required", "max_completion_tokens": 100}
     if stream:
         chunks = [chunk.choices[0] for chunk in chat(client, stream=True, **options)]
-        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+        pieces = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+        assert {call.index for call in pieces} == {0}
+        assert [(call.id, call.function.name) for call in pieces[1:]] == [(None, None)] * (len(pieces) - 1)
+        assert len(pieces) > 3  # as they come
+        pieces[0].function.arguments = "".join(call.function.arguments for call in pieces)
+        calls = pieces[:1]
         reason, content = chunks[-1].finish_reason, "".join(c.delta.content or "" for c in chunks)
     else:
         choice = chat(client, **options).choices[0]

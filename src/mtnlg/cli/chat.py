@@ -38,6 +38,7 @@ SAMPLING = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the model, the conversation, the sampling rules and the engine."""
     from mtnlg.cli.engine_options import add_engine_arguments
+    from mtnlg.cli.models import add_adapter_argument
     from mtnlg.cli.ranks import add_rank_arguments
 
     add = parser.add_argument
@@ -58,6 +59,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--stats", action="store_true", help="tokens per second after each answer")
     add("--lines", action="store_true", help="in a pipe: each line is a message of its own")
     add("--json", action="store_true", help="in a pipe: one JSON object for each answer")
+    add_adapter_argument(parser)
     add("--device", type=str | None, default=None, help="cpu or cuda; null is the best one")
     add_engine_arguments(parser)
     add_rank_arguments(parser)

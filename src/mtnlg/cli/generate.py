@@ -60,6 +60,7 @@ FORMS = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Declare the model, the prompt, the rules, what to print, and the engine."""
     from mtnlg.cli.engine_options import add_engine_arguments
+    from mtnlg.cli.models import add_adapter_argument
     from mtnlg.cli.ranks import add_rank_arguments
 
     add = parser.add_argument
@@ -79,6 +80,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--json", action="store_true", help="one JSON object for each continuation")
     add("--use-cache", type=bool, default=True, help="keep keys and values")
     add("--deadline", type=float | None, default=None, help="stop after so many seconds")
+    add_adapter_argument(parser)
     add("--device", type=str | None, default=None, help="cpu or cuda; null is the best one")
     add_engine_arguments(parser)
     add_rank_arguments(parser)

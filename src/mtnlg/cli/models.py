@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jsonargparse import Namespace
+    from jsonargparse import ArgumentParser, Namespace
 
     from mtnlg.api import MegatronLmModel
     from mtnlg.tokens import Tokenizer
 
-MODEL_HELP = "a run, a checkpoint, a Hugging Face folder or hub name, a GGUF file, Megatron's or DeepSpeed's"
+MODEL_HELP = (
+    "a run, a checkpoint, a Hugging Face folder or hub name, a GGUF file, Megatron's or DeepSpeed's"
+)
 
 
 def open_model(
@@ -43,12 +45,34 @@ def open_model(
         model = open_over_ranks(name_or_path, choose_device(device), *sizes)
     else:
         model = MegatronLmModel.from_pretrained(name_or_path, device=choose_device(device))
+    adapter = getattr(arguments, "adapter", None)
+    if isinstance(adapter, str):
+        _put_in(model, adapter)
     if model.tokenizer is None:
         raise ConfigError(f"{name_or_path} holds no tokenizer, so it can neither read nor write text.")
     draft = getattr(arguments, "draft_model", None)
     if draft is not None:
         model.draft_model = MegatronLmModel.from_pretrained(draft, device=choose_device(device))
     return model, model.tokenizer
+
+
+def add_adapter_argument(parser: ArgumentParser) -> None:
+    """Declare the adapter that one program speaks with."""
+    what = "an adapter's folder, as mtnlg tune and PEFT write it, for this model"
+    parser.add_argument("--adapter", type=str | None, default=None, metavar="DIR", help=what)
+
+
+def _put_in(model: MegatronLmModel, folder: str) -> None:
+    """Change the model by an adapter; where that can be, its weights, which costs nothing afterwards."""
+    from mtnlg.config import ConfigError
+    from mtnlg.quantization import quantized_linears
+
+    if getattr(model, "make_runner", None) is not None:
+        raise ConfigError("--adapter: not over ranks. Merge it first: mtnlg export --merge.")
+    model.add_adapter(folder)
+    is_low_rank = model.adapter is not None and not model.adapter.num_positions
+    if is_low_rank and not quantized_linears(model):
+        model.merge_adapter()
 
 
 def run_folder(name_or_path: str) -> Path:

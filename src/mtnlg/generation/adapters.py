@@ -17,7 +17,7 @@ from mtnlg.config.errors import CheckpointError, ConfigError
 from mtnlg.interop.adapter import Adapter, load_adapter
 from mtnlg.interop.fingerprint import check_base, fingerprint_of
 from mtnlg.interop.peft import read_adapter
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import LanguageModel, MegatronLmDecoder
 from mtnlg.model.adapters import take_out_adapter
 from mtnlg.model.virtual_tokens import prompt_with_virtual
 
@@ -59,8 +59,8 @@ class AdapterShelf:
         is_able: whether the engine's runner can mix them in.
     """
 
-    def __init__(self, model: MegatronLmDecoder, is_able: bool) -> None:
-        self._model, self._is_able = model, is_able
+    def __init__(self, model: LanguageModel, is_able: bool) -> None:
+        self._decoder = model if isinstance(model, MegatronLmDecoder) and is_able else None
         self._loaded: dict[str, LoadedAdapter] = {}
         self._serials = itertools.count(1)
         self._lock = threading.Lock()
@@ -72,14 +72,10 @@ class AdapterShelf:
             ConfigError: the name is taken, or this engine cannot mix adapters in.
             CheckpointError: its tensors are not those of this model; the first are named.
         """
-        if not self._is_able:
-            raise ConfigError(
-                "adapters are mixed in by one process that has the whole model: merge the adapter into the "
-                "model, or run it without tensor and pipeline parallelism."
-            )
-        if self._model.adapter is not None:
+        decoder = self._able_decoder()
+        if decoder.adapter is not None:
             raise ConfigError("the model has an adapter in it already: load the model without it.")
-        check_fits(self._model, adapter)
+        check_fits(decoder, adapter)
         with self._lock:
             if name in self._loaded:
                 raise ConfigError(
@@ -95,10 +91,19 @@ class AdapterShelf:
             ConfigError: see :meth:`add`.
             CheckpointError: its files are broken, or it was made for another model.
         """
-        adapter = read_adapter(folder, self._model.config)
+        decoder = self._able_decoder()
+        adapter = read_adapter(folder, decoder.config)
         if adapter.base_fingerprint is not None:
-            check_base(adapter.base_fingerprint, fingerprint_of(self._model), str(folder))
+            check_base(adapter.base_fingerprint, fingerprint_of(decoder), str(folder))
         return self.add(name, adapter)
+
+    def _able_decoder(self) -> MegatronLmDecoder:
+        if self._decoder is None:
+            raise ConfigError(
+                "adapters are mixed in by one process that has a whole decoder: merge the adapter into the "
+                "model, or run it without tensor and pipeline parallelism."
+            )
+        return self._decoder
 
     def remove(self, name: str) -> None:
         """Take an adapter away: new requests cannot name it, running ones end with it.

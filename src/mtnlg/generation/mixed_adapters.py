@@ -119,10 +119,6 @@ class AdaptedLinear:
         biases = [bias.detach() for bias in given if isinstance(bias, Tensor)]
         self._bias = torch.cat(biases).to(mixer.dtype) if biases else None
 
-    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
-        """See :class:`~mtnlg.generation.linears.Linear`."""
-        self.base.compile_row(activation, other)
-
     def __call__(
         self,
         rows: Tensor,
@@ -156,7 +152,8 @@ class AdaptedLinear:
 
     def _stack(self, members: Sequence[LoadedAdapter]) -> Stacked | None:
         kind: dict[str, Any] = {"dtype": self._mixer.dtype, "device": self._mixer.device}
-        sizes = [int(module.out_features) for _, module in self._parts]
+        linears: list[Any] = [module for _, module in self._parts]
+        sizes = [int(module.out_features) for module in linears]
         ends = np.cumsum(sizes).tolist()
         downs, ups, ranks = [], [], []
         factors = torch.ones(len(members), ends[-1], **kind)
