@@ -154,6 +154,7 @@ def _divide_update(linear: nn.Module, axis: TensorAxis) -> None:
         update.whole_squares = partial(all_reduce, group=axis.group)
         if inner.func is row_linear:  # it ends in a sum over ranks, and the update's share is part of that
             product = partial(_updated_product, linear, update, inner.args[2])
+            assert isinstance(linear, nn.Linear)
             linear.forward = partial(row_linear, linear, axis, product)  # type: ignore[method-assign]
     else:
         distribute(update, axis, down=COPY, up=COPY, magnitude=COPY)

@@ -69,8 +69,8 @@ class Optimizer:
         self.steps = 0
         self.groups = _grouped(named_parameters, config, adapter)
         for group in self.groups:
-            kinds = ("exp_avg", "exp_avg_sq") if group.rule == "adamw" else ("momentum_buffer",)
-            kinds += ("gradient_sum",) if group.every > 1 else ()
+            kinds = ["exp_avg", "exp_avg_sq"] if group.rule == "adamw" else ["momentum_buffer"]
+            kinds += ["gradient_sum"] if group.every > 1 else []
             for kind in kinds:
                 group.state[kind] = [torch.zeros_like(local(p.detach())) for p in group.parameters]
 
