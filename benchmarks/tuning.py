@@ -10,7 +10,8 @@ dialogues  recipes/tune-dialogues.yaml: KdConv's dev files of film and music are
            are held out.
 distill    couplets again, a narrow student from the tuned model's logits beside the student alone.
 
-Loss is the mean over the scored tokens of all held-out examples. Answers are greedy. Everything that is
+Loss is the mean over the scored tokens of up to 16,384 held-out tokens, in samples as training reads
+them. Answers are greedy. Everything that is
 measured goes into OUT/results.json; ``report`` writes the table.
 """
 
@@ -38,6 +39,7 @@ METHODS = {
 }
 RATES = {"full": 1e-3, "lora": 4e-3, "prompt": 2e-2}
 NUM_ANSWERS = 50
+MOST_TOKENS = 16_384  # of held-out samples
 
 
 def main() -> None:
@@ -152,7 +154,7 @@ def tune_and_judge(arguments, config, is_couplet: bool) -> dict:
 
 
 def judge(config, path: str, is_couplet: bool) -> dict:
-    """Loss on all held-out examples, and greedy answers to some."""
+    """Loss on held-out samples, and greedy answers to some."""
     from mtnlg import MegatronLmModel, Tokenizer
     from mtnlg.tuning import Tuning
 
@@ -160,7 +162,8 @@ def judge(config, path: str, is_couplet: bool) -> dict:
     model.tokenizer = Tokenizer.from_pretrained(Path(config.run_dir) / "tokenizer")
     stream = Tuning().validation_stream(config, None)
     summed = valid = 0.0
-    for start in range(0, stream.num_samples, 8):
+    most = max(1, MOST_TOKENS // config.data.sequence_length)
+    for start in range(0, min(stream.num_samples, most), 8):
         batch = stream.batch(start, 8)
         with torch.no_grad():
             output = model(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
