@@ -282,6 +282,16 @@ def test_a_tensor_that_does_not_fit_is_named_with_both_shapes(transformers: Any,
         load(tmp_path)
 
 
+def test_nan_in_the_weights_is_named(transformers: Any, tmp_path: Path) -> None:
+    their_model(transformers, "bloom").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer.h.1.mlp.dense_4h_to_h.bias"][5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.down.bias holds NaN"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -34,5 +34,7 @@ def fetch_from_hub(name: str) -> Path:
     except Exception as error:  # the library raises many kinds, from many layers
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name}: no such folder here, and the Hugging Face hub gave nothing ({reason})."
+            f"{name}: no such folder here, and the Hugging Face hub gave nothing ({reason}). Without a "
+            f"network: fetch the files elsewhere (hf download {name} --local-dir FOLDER, or by hand: "
+            "config.json, tokenizer.json and every *.safetensors), bring the folder here and give its path."
         ) from error

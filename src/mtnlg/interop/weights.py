@@ -76,10 +76,17 @@ def import_tensors(
         cut: what is wanted of each: a view of it; nothing else is read. ``None`` is all.
 
     Raises:
-        CheckpointError: tensors are missing or left over; all are named.
+        CheckpointError: tensors are missing, left over or of other shapes, all of which are named; or one
+            holds NaN.
     """
     for name, view in tensor_views(model_type, config, source, where, wanted):
-        yield name, cut_and_read(name, view, cut)
+        tensor = cut_and_read(name, view, cut)
+        if tensor.is_floating_point() and tensor.itemsize > 1 and bool(tensor.isnan().any()):
+            raise CheckpointError(
+                f"{where}: {name} holds NaN: the file is damaged, or training had diverged before it was "
+                "saved; fetch it anew, or take an earlier checkpoint."
+            )
+        yield name, tensor
 
 
 def tensor_views(
