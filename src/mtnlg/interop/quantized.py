@@ -338,33 +338,34 @@ def stream_quantized(
     wanted: Collection[str] | None = None,
     cut: Cut | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Parameters in floating point, as if nothing had been quantized; a tied head is the embedding.
+    """Parameters in floating point, as if nothing had been quantized; a tied head is not among them.
 
     Args:
         folder: as :func:`write_quantized` leaves it.
         config: as :func:`read_quantized_config` gives it.
-        wanted: only these; ``None`` is all.
+        wanted: only these; ``None`` is all there is, codes and scales as they are.
         cut: what is wanted of each: a view of it.
     """
     state, own = read_quantized(folder, config), QuantizeConfig.from_dict(config.quantize_config)
-    for name in [*state]:
-        base, _, last = name.rpartition(".")
-        if last == "codes" and not (base == HEAD_MODULE and config.tie_word_embeddings):
-            state[f"{base}.weight"] = _dequantized(state, base, own)
-        if last in CODE_NAMES:
-            state.pop(name, None)  # scales and zeros are gone with their codes
     if config.tie_word_embeddings:
         state.pop(HEAD, None)
-    for name, tensor in state.items():
-        if wanted is None or name in wanted:
-            yield name, tensor if cut is None else cut(name, tensor)
+    if wanted is None:
+        yield from state.items()
+        return
+    for name in wanted:
+        base = name.removesuffix(".weight")
+        if name in state:
+            yield name, state[name] if cut is None else cut(name, state[name])
+        elif f"{base}.codes" in state and not (name == HEAD and config.tie_word_embeddings):
+            whole = _dequantized(state, base, own)
+            yield name, whole if cut is None else cut(name, whole)
 
 
 def _dequantized(state: dict[str, Tensor], base: str, config: QuantizeConfig) -> Tensor:
     own = config_of(base, config)
     assert own is not None
-    codes, scales = state[f"{base}.codes"], state.pop(f"{base}.scales")
-    zeros = state.pop(f"{base}.zeros", None)
+    codes, scales, zeros = (state.get(f"{base}.{key}") for key in CODE_NAMES)
+    assert codes is not None and scales is not None
     if own.weights == "int4":
         codes = unpack_int4(codes, 2 * codes.shape[1])
     elif own.weights == "float8":

@@ -95,7 +95,7 @@ def codes_of_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, 
         weights[f"{HEAD}.weight"] = weights["embedding.tokens.weight"]
     for name, linear in linears.items():
         weight = weights.pop(f"{name}.weight", None)
-        if weight is None:
+        if weight is None or f"{name}.codes" in weights:
             _check_codes(name, linear, weights)
             continue
         linear.dtype = weight.dtype
