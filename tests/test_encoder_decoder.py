@@ -154,6 +154,8 @@ def test_what_cannot_be_answered_is_said(mt5_folder):
             model.generate(prompt)
     with pytest.raises(ConfigError, match="5000 tokens and the model 4096 positions"):
         model.generate([5] * 5000)
+    with pytest.raises(ConfigError, match="contrastive search is for decoders"):
+        model.generate([5], penalty_alpha=0.5, top_k=4)
     with pytest.raises(TypeError, match="unexpected option 'num_beam'"):
         model.generate([5], num_beam=2)
 

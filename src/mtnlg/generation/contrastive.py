@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtnlg.config.errors import MtnlgError
+from mtnlg.config.errors import ConfigError, MtnlgError
 from mtnlg.generation.branches import PREFILL_CHUNK, Branch, Branches
 from mtnlg.generation.distribution import NOT_FINITE
 from mtnlg.generation.penalties import edit_scores
@@ -41,8 +41,10 @@ def contrastive_search(
             and values is too small.
     """
     check_search(request)
+    if request.source_ids is not None:
+        raise ConfigError("penalty_alpha: contrastive search is for decoders; use num_beams, or sample.")
     with access() as (runner, books):
-        search = _Contrastive(Branches(runner, books, request.source_ids), request, options, max_length)
+        search = _Contrastive(Branches(runner, books), request, options, max_length)
     try:
         with access():
             search.begin()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtnlg.generation.runner import PAGE_SIZE, Row
-from mtnlg.model import MegatronEncoderDecoder
+from mtnlg.model import CrossDecoderLayer, MegatronEncoderDecoder
 
 KEPT_SOURCES = 32  # beside those of the requests in a step
 KeysAndValues = tuple[Tensor, Tensor]
@@ -67,10 +67,12 @@ class EncoderDecoderRunner:
 
     @torch.inference_mode()
     def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
-        """See :class:`~mtnlg.generation.runner.Runner`."""
-        head = self.model.head
-        assert head is not None
-        return [head.norm(states) for states in self._decode(rows)]
+        """What the encoder made of each row's source, [source, hidden]."""
+        found = []
+        for row in rows:
+            assert row.source is not None, "the engine gives every row its source"
+            found.append(self.encode(row.source))
+        return found
 
     @torch.inference_mode()
     def encode(self, ids: Sequence[int]) -> Tensor:
@@ -96,10 +98,11 @@ class EncoderDecoderRunner:
         found = self._memories.get(source)
         if found is None:
             hidden = self.encode(source)[None]
-            found = self._memories[source] = {
-                layer: self.model.layers[str(layer)].cross_attention.keys_and_values(hidden)
-                for layer in self._keys
-            }
+            found = self._memories[source] = {}
+            for number in self._keys:
+                layer = self.model.layers[str(number)]
+                assert isinstance(layer, CrossDecoderLayer)
+                found[number] = layer.cross_attention.keys_and_values(hidden)
         self._memories.move_to_end(source)
         return found
 

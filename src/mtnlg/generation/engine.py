@@ -27,7 +27,6 @@ from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.adapters import AdapterShelf
 from mtnlg.generation.checks import check_request
 from mtnlg.generation.choose_runner import make_runner
-from mtnlg.generation.encoder_decoder_runner import EncoderDecoderRunner
 from mtnlg.generation.locks import FairLock
 from mtnlg.generation.pages import PageBooks
 from mtnlg.generation.request import FinishReason, Generation, GenerationRequest, TokenEvent
@@ -220,12 +219,7 @@ class Engine:
         Raises:
             ConfigError: the ids cannot be embedded.
         """
-        request = GenerationRequest(ids, hidden=True)
-        if isinstance(self.runner, EncoderDecoderRunner):
-            self.check(request)
-            with self.exclusively():
-                return self.runner.encode(ids).float().cpu()
-        generation = self.submit(request).result()
+        generation = self.submit(GenerationRequest(ids, hidden=True)).result()
         if generation.hidden is None:
             raise MtnlgError(f"the embedding was not finished: {generation.finish_reason}.")
         return generation.hidden
