@@ -77,7 +77,9 @@ def _config(fields: dict[str, Any], stored: dict[str, Any], where: str) -> Megat
     if fields.get(f"{name}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in stored:
         raise CheckpointError(f"{where}: rotary positions are scaled: only unscaled ones can be read.")
     found = {
-        ours: _number(fields[f"{name}.{key}"]) for key, ours in _SETTINGS.items() if f"{name}.{key}" in fields
+        ours: _number(fields[f"{name}.{key}"])
+        for key, ours in _SETTINGS.items()
+        if f"{name}.{key}" in fields
     }
     is_gpt2 = name == "gpt2"
     if name == "llama" and "num_experts" in found:
