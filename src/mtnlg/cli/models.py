@@ -68,7 +68,10 @@ def _put_in(model: MegatronLmModel, folder: str) -> None:
     from mtnlg.quantization import quantized_linears
 
     if getattr(model, "make_runner", None) is not None:
-        raise ConfigError("--adapter: not over ranks. Merge it first: mtnlg export --merge.")
+        raise ConfigError(
+            "--adapter: a model over several ranks takes none. Merge it into the weights first "
+            "(model.merge_adapter(), model.save_pretrained(DIR))."
+        )
     model.add_adapter(folder)
     is_low_rank = model.adapter is not None and not model.adapter.num_positions
     if is_low_rank and not quantized_linears(model):
