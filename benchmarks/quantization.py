@@ -61,9 +61,10 @@ def main() -> None:
     size = matrix_bytes(model)
     lines = heading(arguments, model, text)
     lines.append(f"| float32 | | {size / 1e6:.2f} | {base:.3f} | | 100% |")
+    print("\n".join(lines), flush=True)
     batches = list(text.train[spread(len(text.train), arguments.calibration_rows)].split(4))
     for name, fields in ROWS:
-        for method in ("rtn", "gptq", "awq"):
+        for method in arguments.methods:
             quantized = copy.deepcopy(model)
             calibrate(quantized, QuantizeConfig.from_dict(fields), method, batches)
             lines.append(row(name, method, quantized, text.test, base, answers))
@@ -78,6 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run")
     parser.add_argument("--test-rows", type=int, default=64, help=f"windows of {WINDOW} tokens")
     parser.add_argument("--calibration-rows", type=int, default=64)
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "awq"])
     parser.add_argument("--steps", type=int, default=60, help="of quantization-aware training, 8 rows each")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     here = Path(__file__).resolve().parent
