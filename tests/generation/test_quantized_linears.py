@@ -8,16 +8,16 @@ from torch import nn
 
 from mtnlg import MegatronLmModel, MegatronModelConfig
 from mtnlg.config.quantize import QuantizeConfig
-from mtnlg.generation import integer_kernel, quantized_linears
+from mtnlg.generation import native, quantized_linears
 from mtnlg.generation.fast_runner import FastRunner
-from mtnlg.generation.integer_kernel import load_kernel
+from mtnlg.generation.integer_kernel import KERNEL
 from mtnlg.generation.prepared import can_prepare
 from mtnlg.generation.quantized_linears import IntegerLinear, RoundedLinear, make_quantized_linear
 from mtnlg.generation.runner import PlainRunner, Row
 from mtnlg.model.mlp import ACTIVATION_FUNCTIONS
 from mtnlg.quantization import QuantizedLinear
 
-needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="no C++ compiler, or no AVX-512 VNNI")
+needs_kernel = pytest.mark.skipif(KERNEL.load() is None, reason="no C++ compiler, or no AVX-512 VNNI")
 KINDS = [
     QuantizeConfig("int8", 0, True, "int8"),
     QuantizeConfig("int8", 32, True, "int8"),
@@ -78,8 +78,16 @@ def test_weights_take_their_bits_of_memory():
     assert product.num_bytes == 64 * 128 // 2 + 64 * 4 * 2  # codes, scales in bf16
 
 
+def lost_kernel(monkeypatch):
+    """The kernel on a machine that cannot have it."""
+    monkeypatch.setattr(native, "processor", lambda: "another")
+    lost = native.NativeKernel(KERNEL.file, KERNEL.function, KERNEL.arguments, KERNEL.needed)
+    assert lost.load() is None
+    return lost
+
+
 def test_without_the_kernel_the_matrix_is_made_floating_point_again(monkeypatch):
-    monkeypatch.setattr(quantized_linears, "loaded_kernel", lambda: None)
+    monkeypatch.setattr(quantized_linears, "KERNEL", lost_kernel(monkeypatch))
     for config in (KINDS[3], QuantizeConfig("int4"), QuantizeConfig("float8")):
         modules = layers(config)
         product = make_quantized_linear(modules, torch.float32, ACTIVATION_FUNCTIONS)
@@ -90,12 +98,10 @@ def test_without_the_kernel_the_matrix_is_made_floating_point_again(monkeypatch)
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(integer_kernel, "_LOADED", [])
-    monkeypatch.setattr(integer_kernel, "_processor", lambda: "another")
     with caplog.at_level("INFO"):
-        assert integer_kernel.load_kernel() is None
+        lost = lost_kernel(monkeypatch)
     assert "avx512_vnni" in caplog.text
-    assert integer_kernel.loaded_kernel() is None
+    assert lost.loaded is None
 
 
 FAMILIES = [
@@ -126,7 +132,7 @@ def test_the_fast_runner_says_what_the_plain_one_says(family, quantize):
     )  # fmt: skip
     model = MegatronLmModel(config).eval()
     assert can_prepare(model)
-    load_kernel()
+    KERNEL.load()
     fast, plain = FastRunner(model, 8), PlainRunner(model, 8)
     steps = [
         [Row([3, 9, 4, 1, 7], 0, [0], 5), Row([5, 2], 0, [1], 1)],

@@ -51,8 +51,6 @@ class AttentionKernel:
             once there has been some work: a short program should not wait for a compiler at its end.
         is_invariant: a token's numbers may never depend on other tokens, nor change when the compiler
             is done: ``auto`` then compiles before the first step too.
-        and_then: compiled after it, at the same time.
-
     Attributes:
         step: :func:`attend_step`, as soon as it is compiled.
 
@@ -65,9 +63,8 @@ class AttentionKernel:
         shape: KernelShape,
         mode: str,
         is_invariant: bool,
-        and_then: Callable[[], None] | None = None,
     ) -> None:
-        self.shape, self.is_invariant, self._and_then = shape, is_invariant, and_then
+        self.shape, self.is_invariant = shape, is_invariant
         self._kernel: Kernel | None = None
         self.step: Kernel | None = None
         self._calls_left = CALLS_BEFORE_COMPILING if mode == "auto" and not is_invariant else -1
@@ -103,8 +100,6 @@ class AttentionKernel:
             if not self.is_invariant:
                 self.step = compiled_kernel(attend_step, self.shape)
             self._kernel = compiled_kernel(attend_pages, self.shape)
-            if self._and_then is not None:
-                self._and_then()
         except Exception as error:  # whatever the compiler lacks: the plain form gives the same
             if is_wanted and lacks_compiler(error):
                 raise ConfigError(

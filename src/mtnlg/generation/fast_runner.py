@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
+from mtnlg.generation.few_rows import most_rows
 from mtnlg.generation.int8_pages import Int8PagePool
 from mtnlg.generation.linears import fewest_rows
 from mtnlg.generation.mixed_adapters import AdapterMixer
@@ -27,8 +28,7 @@ class FastRunner:
     """Runs all rows of a step through prepared weights (:class:`~mtnlg.generation.runner.Runner`).
 
     Beside the model it holds a packed copy of its matrices (``weight_bytes``) and the pages; unless
-    ``compile`` is off, another copy of those that the model does not have in the form in which single
-    rows read them (other dtypes; queries, keys and values side by side).
+    ``compile`` is off, another copy in the form in which a few rows read them.
 
     Args:
         model: a decoder that :func:`~mtnlg.generation.prepared.can_prepare` allows.
@@ -67,12 +67,11 @@ class FastRunner:
         }
         queries = config.num_attention_heads // heads
         shape = KernelShape(heads, queries, size, page_size, self.dtype, self.device.type)
-        # A row's numbers must not depend on whether it is alone.
-        self._keeps_rows = compile != "off" and not deterministic and self.device.type == "cpu"
-        self._has_row_kernels = False
+        # A row's numbers must not depend on how many others there are.
+        may_differ = compile != "off" and not deterministic
+        self._most_of_few = most_rows(self.device, self.dtype) if may_differ else 0
         self.refresh()
-        then = self._compile_rows if self._keeps_rows else None
-        self.kernel = AttentionKernel(shape, "off" if has_int8_cache else compile, deterministic, then)
+        self.kernel = AttentionKernel(shape, "off" if has_int8_cache else compile, deterministic)
 
     @torch.inference_mode()
     def refresh(self) -> None:
@@ -80,21 +79,12 @@ class FastRunner:
 
         Keys and values that pages hold were computed with the old ones: forget them too.
         """
-        was_compiled = self._has_row_kernels
         self._mixer: AdapterMixer | None = None  # made when the first adapter comes
-        self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._keeps_rows)
-        self._has_row_kernels = False
-        if was_compiled:
-            self._compile_rows()
-
-    def _compile_rows(self) -> None:
-        self._decoder.compile_rows()
-        self._has_row_kernels = True
+        self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._most_of_few > 0)
 
     def _fewest_of(self, rows: Sequence[Row]) -> int:
         """Rows of products that a step should have at least."""
-        is_alone = len(rows) == 1 and len(rows[0].ids) == 1
-        return 1 if is_alone and self._has_row_kernels else self._fewest
+        return 1 if sum(len(row.ids) for row in rows) <= self._most_of_few else self._fewest
 
     @property
     def weight_bytes(self) -> int:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtnlg.generation.few_rows import FewRows, most_rows
 from mtnlg.generation.huge_pages import use_huge_pages
-from mtnlg.generation.row_products import Kernel, Product, compiled_product
 
 # Rows for which oneDNN is asked to lay the weights out; the same layout then serves any number. Measured
 # for 1 to 128 rows on AVX-512: float32 is fastest with this, bf16 does not care.
@@ -32,6 +32,8 @@ ONEDNN_ACTIVATIONS = {
     "silu": ("swish", ""),
 }
 
+Activations = dict[str, Callable[[Tensor], Tensor]]
+
 
 class Linear(Protocol):
     """Rows by a matrix, with what comes right after it.
@@ -41,14 +43,6 @@ class Linear(Protocol):
     """
 
     num_bytes: int
-
-    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
-        """Have a kernel made for single rows, where that is worth something.
-
-        Args:
-            activation: see :meth:`__call__`.
-            other: ``"plus"``, ``"times"`` or ``None``.
-        """
 
     def __call__(
         self,
@@ -73,33 +67,27 @@ class PackedLinear:
     Args:
         weight: [out, in].
         bias: [out].
-        keeps_rows: keep the weights as they are too, for :mod:`~mtnlg.generation.row_products`.
-        is_copy: the weights are not the model's own.
+        activations: functions by name.
+        few: takes what is up to ``most`` rows, of the same matrix.
+        most: see ``few``.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, keeps_rows: bool = False, is_copy: bool = True
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        activations: Activations,
+        few: FewRows | None = None,
+        most: int = 0,
     ) -> None:
         # Looked up once: a step calls them hundreds of times.
         self._plain = torch.ops.mkldnn._linear_pointwise.default
         self._with_other = torch.ops.mkldnn._linear_pointwise.binary
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
-        self.bias = bias
-        self.num_bytes = weight.nbytes * (2 if keeps_rows and is_copy else 1)
-        self._plain_weight = weight.contiguous() if keeps_rows else None
+        self.bias, self.activations = bias, activations
+        self._few, self._most = few, most
+        self.num_bytes = weight.nbytes + (0 if few is None else few.num_bytes)
         use_huge_pages(torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight))
-        if self._plain_weight is not None:
-            use_huge_pages(self._plain_weight.data_ptr(), self._plain_weight.nbytes)
-        self._row_kernels: dict[tuple[str | None, str | None], Kernel] = {}
-
-    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
-        """See :class:`Linear`."""
-        if self._plain_weight is None:
-            return
-        outputs, inputs = self._plain_weight.shape
-        has_bias = self.bias is not None
-        product = Product((outputs, inputs), self._plain_weight.dtype, has_bias, activation, other)
-        self._row_kernels[activation, other] = compiled_product(product)
 
     def __call__(
         self,
@@ -109,11 +97,9 @@ class PackedLinear:
         times: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Linear`."""
-        if self._row_kernels and rows.shape[0] == 1:
-            other = None if plus is None and times is None else "times" if plus is None else "plus"
-            kernel = self._row_kernels.get((activation, other))
-            if kernel is not None:
-                return kernel(rows, self._plain_weight, self.bias, times if plus is None else plus)
+        if self._few is not None and rows.shape[0] <= self._most:
+            found = self._few(rows, plus, times)
+            return found if activation is None else self.activations[activation](found)
         if plus is not None:
             return self._with_other(rows, plus, self.weight, self.bias, "add")
         if times is not None:
@@ -136,14 +122,11 @@ class PlainLinear:
         self,
         weight: Tensor,
         bias: Tensor | None,
-        activations: dict[str, Callable[[Tensor], Tensor]],
+        activations: Activations,
         is_copy: bool,
     ) -> None:
         self.weight, self.bias, self.activations = weight, bias, activations
         self.num_bytes = weight.nbytes * is_copy
-
-    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
-        """Nothing to gain: the library's own product reads plain weights well here."""
 
     def __call__(
         self,
@@ -181,8 +164,8 @@ def make_linear(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     dtype: torch.dtype,
-    activations: dict[str, Callable[[Tensor], Tensor]],
-    keeps_rows: bool = False,
+    activations: Activations,
+    for_few_rows: bool = False,
 ) -> Linear:
     """One linear layer that gives the outputs of several side by side.
 
@@ -191,12 +174,15 @@ def make_linear(
         biases: of each; all or none.
         dtype: to compute in.
         activations: functions by name.
-        keeps_rows: see :class:`PackedLinear`.
+        for_few_rows: hold them as products of a few rows read them, too, where there is a kernel for that
+            (:mod:`~mtnlg.generation.few_rows`).
     """
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     given = [bias for bias in biases if bias is not None]
     bias = torch.cat(given).to(dtype) if given else None
     laid_out = weight.to(dtype)
     if can_pack(laid_out.device, dtype):
-        return PackedLinear(laid_out, bias, keeps_rows, laid_out is not weights[0])
+        most = most_rows(laid_out.device, dtype) if for_few_rows else 0
+        few = FewRows(laid_out, bias) if most else None
+        return PackedLinear(laid_out, bias, activations, few, most)
     return PlainLinear(laid_out, bias, activations, laid_out is not weights[0])

@@ -88,10 +88,6 @@ class PreparedHead:
         self.projection = None if head.projection is None else prepared_linear([head.projection], dtype)
         self.num_bytes = output.num_bytes
 
-    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
-        """Have a kernel made for single rows."""
-        self.output.compile_row(activation, other)
-
     def __call__(self, rows: Tensor, *others: Any, **options: Any) -> Tensor:
         """[rows, hidden] → [rows, vocab]"""
         if self.projection is not None:
@@ -113,12 +109,11 @@ class PreparedDecoder:
         model: as :func:`can_prepare` allows; its embeddings are used where they lie.
         dtype: to compute in.
         fewest: rows that a product should have at least.
-        keeps_rows: single rows will have kernels of their own (:meth:`compile_rows`), for which the
-            matrices stay in memory as they are too.
+        for_few_rows: hold the matrices as products of a few rows read them, too.
     """
 
     def __init__(
-        self, model: MegatronLmDecoder, dtype: torch.dtype, fewest: int, keeps_rows: bool = False
+        self, model: MegatronLmDecoder, dtype: torch.dtype, fewest: int, for_few_rows: bool = False
     ) -> None:
         assert model.embedding is not None and model.head is not None
         self.config, self.dtype = model.config, dtype
@@ -136,21 +131,11 @@ class PreparedDecoder:
         self.layers: list[PreparedLayer] = []
         for layer in model.layers.values():
             assert isinstance(layer, DecoderLayer)
-            self.layers.append(prepare_layer(layer, activation, dtype, fewest, keeps_rows))
+            self.layers.append(prepare_layer(layer, activation, dtype, fewest, for_few_rows))
         self.scores = {layer.index: layer.scores for layer in self.layers}
         self.norm = PreparedNorm(model.head.norm, dtype)
-        output = prepared_linear([model.head.output], dtype, keeps_rows)
+        output = prepared_linear([model.head.output], dtype, for_few_rows)
         self.output = prepared_head(output, model.head, dtype)
-
-    def compile_rows(self) -> None:
-        """Have kernels made for single rows; takes seconds the first time.
-
-        Raises:
-            Exception: whatever the compiler finds missing.
-        """
-        for layer in self.layers:
-            layer.compile_rows()
-        self.output.compile_row()
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Embeddings of tokens: [tokens] → [tokens, hidden]"""

@@ -68,15 +68,6 @@ class PreparedMlp:
             between = self.up(rows, self.activation)
         return self.down(between, plus=plus)
 
-    def compile_rows(self) -> None:
-        """Have kernels made for single rows."""
-        if self.gate is not None:
-            self.gate.compile_row(self.activation)
-            self.up.compile_row(other="times")
-        else:
-            self.up.compile_row("relu" if self.activation == "squared_relu" else self.activation)
-        self.down.compile_row(other="plus")
-
     @property
     def linears(self) -> list[Linear]:
         """Its matrices."""
@@ -135,19 +126,19 @@ def _linear(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = tor
 
 
 def prepared_linear(
-    modules: Sequence[nn.Linear | QuantizedLinear], dtype: torch.dtype, keeps_rows: bool = False
+    modules: Sequence[nn.Linear | QuantizedLinear], dtype: torch.dtype, for_few_rows: bool = False
 ) -> Linear:
     """One linear layer that gives the outputs of several side by side."""
     quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
     if len(quantized) == len(modules):
-        return make_quantized_linear(quantized, dtype, ACTIVATION_FUNCTIONS, keeps_rows)
+        return make_quantized_linear(quantized, dtype, ACTIVATION_FUNCTIONS, for_few_rows)
     biases = [None if module.bias is None else module.bias.detach() for module in modules]
     weights = [module.weight.detach() for module in modules]
-    return make_linear(weights, biases, dtype, ACTIVATION_FUNCTIONS, keeps_rows)
+    return make_linear(weights, biases, dtype, ACTIVATION_FUNCTIONS, for_few_rows)
 
 
-def prepared_mlp(mlp: Mlp, activation: str, dtype: torch.dtype, keeps_rows: bool = False) -> PreparedMlp:
+def prepared_mlp(mlp: Mlp, activation: str, dtype: torch.dtype, for_few_rows: bool = False) -> PreparedMlp:
     """``mlp`` in the form in which generation runs it."""
-    gate = None if mlp.gate is None else prepared_linear([mlp.gate], dtype, keeps_rows)
-    up, down = (prepared_linear([module], dtype, keeps_rows) for module in (mlp.up, mlp.down))
+    gate = None if mlp.gate is None else prepared_linear([mlp.gate], dtype, for_few_rows)
+    up, down = (prepared_linear([module], dtype, for_few_rows) for module in (mlp.up, mlp.down))
     return PreparedMlp(up, gate, down, activation)

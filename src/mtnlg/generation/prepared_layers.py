@@ -41,7 +41,7 @@ class PreparedLayer:
         activation: str,
         dtype: torch.dtype,
         fewest: int,
-        keeps_rows: bool = False,
+        for_few_rows: bool = False,
     ) -> None:
         attention = layer.attention
         self.index, self.head_size = attention.layer_index, attention.head_size
@@ -52,8 +52,8 @@ class PreparedLayer:
         self.mlp_norm = PreparedNorm(layer.mlp_norm, dtype)
         three = (attention.query, attention.key, attention.value)
         self.sizes = [linear.out_features for linear in three]
-        self.query_key_value = prepared_linear(three, dtype, keeps_rows)
-        self.output = prepared_linear([attention.output], dtype, keeps_rows)
+        self.query_key_value = prepared_linear(three, dtype, for_few_rows)
+        self.output = prepared_linear([attention.output], dtype, for_few_rows)
         self.query_norm = self.key_norm = None
         if attention.query_norm is not None and attention.key_norm is not None:
             self.query_norm = PreparedNorm(attention.query_norm, dtype)
@@ -62,7 +62,7 @@ class PreparedLayer:
         if isinstance(layer.mlp, MixtureOfExperts):
             self.mlp = PreparedExperts(layer.mlp, activation, dtype, fewest)
         else:
-            self.mlp = prepared_mlp(layer.mlp, activation, dtype, keeps_rows)
+            self.mlp = prepared_mlp(layer.mlp, activation, dtype, for_few_rows)
 
     def __call__(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]"""
@@ -90,13 +90,6 @@ class PreparedLayer:
         if rotation is not None:
             both = projected[:, : sum(self.sizes[:2])].unflatten(1, (-1, self.head_size))
             both.copy_(rotate(both, rotation))
-
-    def compile_rows(self) -> None:
-        """Have kernels made for single rows."""
-        self.query_key_value.compile_row()
-        self.output.compile_row(other="plus")
-        if isinstance(self.mlp, PreparedMlp):
-            self.mlp.compile_rows()
 
     @property
     def linears(self) -> list[Linear]:
@@ -147,10 +140,10 @@ PREPARED_LAYERS: dict[type[DecoderLayer], type[PreparedLayer]] = {
 
 
 def prepare_layer(
-    layer: DecoderLayer, activation: str, dtype: torch.dtype, fewest: int, keeps_rows: bool = False
+    layer: DecoderLayer, activation: str, dtype: torch.dtype, fewest: int, for_few_rows: bool = False
 ) -> PreparedLayer:
     """``layer`` in the form in which generation runs it."""
-    return PREPARED_LAYERS[type(layer)](layer, activation, dtype, fewest, keeps_rows)
+    return PREPARED_LAYERS[type(layer)](layer, activation, dtype, fewest, for_few_rows)
 
 
 class TokenRotations:

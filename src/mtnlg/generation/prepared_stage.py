@@ -60,9 +60,6 @@ class SummedLinear:
         self._add_up = add_up
         self.num_bytes = self._own.num_bytes
 
-    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
-        """Ranks wait for each other at every product: a kernel for single rows gains little."""
-
     def __call__(
         self,
         rows: Tensor,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtnlg.generation.huge_pages import use_huge_pages
-from mtnlg.generation.integer_kernel import load_kernel, loaded_kernel
+from mtnlg.generation.integer_kernel import KERNEL
 from mtnlg.generation.linears import Linear, make_linear
 from mtnlg.quantization import QuantizedLinear
 from mtnlg.quantization.linear import rounded_activations
@@ -41,7 +41,7 @@ def is_for_kernel(module: object) -> bool:
 def have_kernel_for(model: nn.Module) -> bool:
     """Load the kernel if the model has layers for it; whether all its matrices go through it."""
     linears = [module for module in model.modules() if isinstance(module, (nn.Linear, QuantizedLinear))]
-    if not any(is_for_kernel(linear) for linear in linears) or load_kernel() is None:
+    if not any(is_for_kernel(linear) for linear in linears) or KERNEL.load() is None:
         return False
     return all(is_for_kernel(linear) for linear in linears)
 
@@ -55,7 +55,7 @@ class IntegerLinear:
         is_int4: whether codes have four bits.
         bias: [out].
         activations: functions by name.
-        kernel: as :func:`~mtnlg.generation.integer_kernel.load_kernel` gives it.
+        kernel: as :data:`~mtnlg.generation.integer_kernel.KERNEL` loads it.
     """
 
     def __init__(
@@ -87,9 +87,6 @@ class IntegerLinear:
     @property
     def _parts(self) -> tuple[Tensor | None, ...]:
         return self.codes, self.scales, self.zeros, self.bias
-
-    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
-        """Nothing to gain: the kernel reads the codes once, for one row as for four."""
 
     def __call__(
         self,
@@ -131,10 +128,6 @@ class RoundedLinear:
     def __init__(self, inner: Linear) -> None:
         self.inner, self.num_bytes = inner, inner.num_bytes
 
-    def compile_row(self, activation: str | None = None, other: str | None = None) -> None:
-        """See :class:`~mtnlg.generation.linears.Linear`."""
-        self.inner.compile_row(activation, other)
-
     def __call__(
         self,
         rows: Tensor,
@@ -150,7 +143,7 @@ def make_quantized_linear(
     modules: Sequence[QuantizedLinear],
     dtype: torch.dtype,
     activations: Activations,
-    keeps_rows: bool = False,
+    for_few_rows: bool = False,
 ) -> Linear:
     """One product that gives the outputs of several quantized layers side by side.
 
@@ -158,10 +151,10 @@ def make_quantized_linear(
         modules: the layers, of one config.
         dtype: of rows and outputs.
         activations: functions by name.
-        keeps_rows: see :class:`~mtnlg.generation.linears.PackedLinear`.
+        for_few_rows: see :func:`~mtnlg.generation.linears.make_linear`.
     """
     biases = [None if module.bias is None else module.bias.detach() for module in modules]
-    kernel = loaded_kernel()
+    kernel = KERNEL.loaded
     if kernel is not None and all(is_for_kernel(module) for module in modules):
         given = [bias for bias in biases if bias is not None]
         is_int4 = modules[0].config.weights == "int4"
@@ -169,7 +162,7 @@ def make_quantized_linear(
         length, codes = modules[0].group_length, _side_by_side(modules)
         return IntegerLinear(codes, length, is_int4, bias, activations, kernel)
     weights = [module.dequantize().to(dtype) for module in modules]
-    inner = make_linear(weights, biases, dtype, activations, keeps_rows)
+    inner = make_linear(weights, biases, dtype, activations, for_few_rows)
     return RoundedLinear(inner) if modules[0].config.activations == "int8" else inner
 
 

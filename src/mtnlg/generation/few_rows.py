@@ -1,0 +1,100 @@
+"""Products of a few rows, over weights in tiles that are read once (``kernels/few_rows.cpp``).
+
+Decoding a few sequences is reading weights. oneDNN reads its packed weights at two thirds of what memory
+gives when there are so few rows; this kernel reads them at nearly all of it. docs/generation-speed.md has
+the measurements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtnlg.generation.huge_pages import use_huge_pages
+from mtnlg.generation.native import NativeKernel
+
+TILE = 32  # outputs
+# Above these, oneDNN is as fast: from then on products are arithmetic, not reading.
+MOST_ROWS = {torch.bfloat16: 16, torch.float32: 16}
+IS_BF16, IS_SUM = 1, 2  # what the kernel is told
+
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+KERNEL = NativeKernel(
+    "few_rows.cpp",
+    "mtnlg_few_rows",
+    [*[_POINTER] * 3, _INTEGER, *[_POINTER] * 2, *[_INTEGER] * 4],
+    ["avx512f"],
+)
+
+
+def most_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Up to how many rows :class:`FewRows` should be used; 0 where it cannot be. Compiles the kernel.
+
+    Args:
+        device: of the weights.
+        dtype: of weights and rows.
+    """
+    if device.type != "cpu" or dtype not in MOST_ROWS or KERNEL.load() is None:
+        return 0
+    return MOST_ROWS[dtype]
+
+
+class FewRows:
+    """A matrix as the kernel reads it.
+
+    Args:
+        weight: [out, in], float32 or bf16.
+        bias: [out].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.kernel: Any = KERNEL.load()
+        self.outputs, inputs = weight.shape
+        per_word = 4 // weight.itemsize  # inputs in four bytes
+        self.words = -(-inputs // per_word)
+        self.missing = self.words * per_word - inputs
+        self.tiles = _in_tiles(weight, self.words, per_word)
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.num_bytes = self.tiles.nbytes
+        use_huge_pages(self.tiles.data_ptr(), self.tiles.nbytes)
+        self._flags = IS_BF16 * (weight.dtype == torch.bfloat16)
+        bias_place = None if self.bias is None else self.bias.data_ptr()
+        self._matrix = (self.tiles.data_ptr(), bias_place, self.outputs, self.words)
+
+    def __call__(self, rows: Tensor, plus: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        """rows · Wᵀ + b, plus or times another [rows, out].
+
+        Args:
+            rows: [rows, in].
+            plus: [rows, out].
+            times: [rows, out].
+        """
+        if self.missing:
+            rows = F.pad(rows, (0, self.missing))
+        rows = rows.contiguous()
+        found = rows.new_empty(rows.shape[0], self.outputs)
+        other = plus if times is None else times
+        if other is not None:
+            other = other.contiguous()
+        self.kernel(
+            rows.data_ptr(),
+            found.data_ptr(),
+            None if other is None else other.data_ptr(),
+            rows.shape[0],
+            *self._matrix,
+            self._flags + IS_SUM * (plus is not None),
+            torch.get_num_threads(),
+        )
+        return found
+
+
+def _in_tiles(weight: Tensor, words: int, per_word: int) -> Tensor:
+    """[out, in] → [tiles, words, 32, inputs in a word], zeros where there is nothing."""
+    outputs, inputs = weight.shape
+    num_tiles = -(-outputs // TILE)
+    filled = F.pad(weight, (0, words * per_word - inputs, 0, num_tiles * TILE - outputs))
+    return filled.view(num_tiles, TILE, words, per_word).permute(0, 2, 1, 3).contiguous()

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tests.generation.test_fast_runner import FAMILIES, MakeModel, make_prompts, rows_of
+from tests.generation.test_fast_runner import close as close_to
+
+from mtnlg.generation import few_rows, native
+from mtnlg.generation.fast_runner import FastRunner
+from mtnlg.generation.few_rows import FewRows, most_rows
+from mtnlg.generation.huge_pages import use_huge_pages
+from mtnlg.generation.native import NativeKernel
+from mtnlg.generation.runner import PlainRunner
+
+needs_kernel = pytest.mark.skipif(few_rows.KERNEL.load() is None, reason="no C++ compiler, or no AVX-512")
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 64), (70, 33), (1, 2), (129, 96)])
+@pytest.mark.parametrize("other", [None, "plus", "times"])
+def test_products_are_those_of_float64(
+    dtype: torch.dtype, outputs: int, inputs: int, other: str | None
+) -> None:
+    torch.manual_seed(outputs + inputs)
+    rows = torch.randn(19, inputs).to(dtype)
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    beside = torch.randn(19, outputs).to(dtype)
+    product = FewRows(weight, None if other == "times" else bias)
+    exact = rows.double() @ weight.double().T
+    if other != "times":
+        exact += bias.double()
+    exact = {None: exact, "plus": exact + beside.double(), "times": exact * beside.double()}[other]
+    for count in (1, 2, 7, 8, 9, 16, 19):
+        given = {} if other is None else {other: beside[:count]}
+        found = product(rows[:count], **given)
+        assert found.dtype == dtype and found.shape == (count, outputs)
+        # One rounding at the end: sums are kept in float32.
+        tolerance = dict(rtol=5e-3, atol=1e-4) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(found.double(), exact[:count], **tolerance)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None:
+    product = FewRows(torch.randn(70, 40).to(dtype), torch.randn(70).to(dtype))
+    rows = torch.randn(16, 40).to(dtype)
+    together = product(rows)
+    for first in range(16):
+        for count in range(1, 17 - first):
+            assert torch.equal(product(rows[first : first + count]), together[first : first + count])
+
+
+def test_where_there_is_no_kernel_other_products_are_used(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel = few_rows.KERNEL
+    monkeypatch.setattr(native, "processor", lambda: "another")
+    lost = NativeKernel(kernel.file, kernel.function, kernel.arguments, kernel.needed)
+    monkeypatch.setattr(few_rows, "KERNEL", lost)
+    with caplog.at_level("INFO"):
+        assert most_rows(torch.device("cpu"), torch.float32) == 0
+    assert "avx512f" in caplog.text
+    model, (prompt,) = make_model(), make_prompts([9])
+    fast, plain = FastRunner(model, 6, compile="on"), PlainRunner(model, 6)
+    close_to(fast.run(rows_of([prompt])), plain.run(rows_of([prompt])), torch.float32)
+
+
+# In bf16 a router may choose other experts for the last bit of its scores: experts only in float32.
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("gpt-tanh", torch.bfloat16),
+        ("squared-relu", torch.float32),
+        ("qwen3", torch.bfloat16),
+        ("deepseek", torch.float32),
+    ],
+)
+def test_a_few_rows_get_the_plain_numbers(make_model: MakeModel, family: str, dtype: torch.dtype) -> None:
+    model = make_model(**FAMILIES[family])
+    fast, plain = FastRunner(model, 6, dtype=dtype, compile="on"), PlainRunner(model, 6)
+    (prompt,) = make_prompts([20])
+    for start, end in ((0, 17), (17, 18), (18, 19), (19, 20)):
+        row = rows_of([prompt], start, end)
+        close_to(fast.run(row), plain.run(row), dtype)
+
+
+def test_weights_that_have_changed_reach_few_rows_too(make_model: MakeModel) -> None:
+    model = make_model()
+    fast = FastRunner(model, 3, compile="on")
+    row = rows_of([[5]])
+    before = fast.run(row).clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    fast.refresh()
+    after = fast.run(row)
+    assert not torch.allclose(before, after)
+    close_to(after, PlainRunner(model, 3).run(row), torch.float32)
+
+
+def test_a_deterministic_runner_keeps_to_one_kind_of_product(make_model: MakeModel) -> None:
+    fast = FastRunner(make_model(), 3, deterministic=True, compile="on")
+    assert fast._most_of_few == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has them")
+def test_large_pages_leave_the_content_alone() -> None:
+    memory = torch.arange(2**20)
+    use_huge_pages(memory.data_ptr(), memory.nbytes)
+    assert torch.equal(memory, torch.arange(2**20))
+    assert not use_huge_pages(memory.data_ptr(), 100)
