@@ -104,6 +104,10 @@ def check_fits(config: RunConfig, base: MegatronModelConfig, tokenizer: Tokenize
             f"{tuning_of(config).base}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding "
             f"{base.vocab_size}: they do not belong together."
         )
+    if base.architecture == "encoder_decoder":
+        problems.append(
+            f"{tuning_of(config).base} is an encoder-decoder: conversations are learnt by decoders."
+        )
     problems += method_problems(config)
     teacher = tuning_of(config).distillation
     if teacher is not None:
