@@ -155,7 +155,7 @@ def _shortened(
         start += 1
     if total > most:
         raise _too_long(limit, total)
-    return [*head, *(message for turn in turns[start:] for message in turn)]
+    return [*head, *(dict(message) for turn in turns[start:] for message in turn)]
 
 
 def _too_long(limit: int, least: int) -> ApiError:
