@@ -165,7 +165,9 @@ def nearest_encoder_decoder(config: MegatronModelConfig) -> Architecture:
     ]
     if config.activation_function not in _ACTIVATIONS.values():
         known = ", ".join(dict.fromkeys(_ACTIVATIONS.values()))
-        problems.append(f"activation_function is {config.activation_function!r}: it must be one of {known}.")
+        problems.append(
+            f"activation_function is {config.activation_function!r}: it must be one of {known}."
+        )
     if config.relative_attention_per_layer and not config.scales_output:
         problems.append("relative_attention_per_layer is True: then scale_output must be, too.")
     if problems:
