@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from mtnlg.config import ConfigError, NotYetError, RunConfig, SourceEntry, StopConfig
+from mtnlg.config import ConfigError, RunConfig, SourceEntry, StopConfig
 from mtnlg.config.load import load_run_config, save_run_config
 
 
@@ -193,11 +193,11 @@ def test_an_empty_recipe_is_the_defaults(tmp_path):
     assert load_run_config(write(tmp_path, "# nothing\n")) == load_run_config()
 
 
-def test_what_is_not_yet_possible_is_said_so():
-    with pytest.raises(NotYetError, match="prompt tuning"):
-        load_run_config(None, ["--model.prompt_tuning=true"])
-    problems = problems_of("--model.prompt_tuning=true", "--seed=x")
-    assert any("prompt tuning" in problem for problem in problems)
+def test_virtual_tokens_take_positions_from_samples():
+    problems = problems_of("--model.prompt_tuning=true")
+    assert any("20 virtual tokens a sample has" in problem for problem in problems)
+    config = load_run_config(None, ["--model.prompt_tuning=true", "--data.sequence_length=1004"])
+    assert config.adapter is not None and config.adapter.num_virtual_tokens == 20
 
 
 def test_the_saved_file_is_plain_yaml(tmp_path):
