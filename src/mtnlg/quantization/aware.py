@@ -56,8 +56,8 @@ def round_in_training(model: nn.Module, config: QuantizeConfig, product: Product
         # The forward of the instance is replaced instead of the module: names stay.
         linear.forward = partial(_linear, linear, own, product)  # type: ignore[method-assign]
         if name == HEAD:
-            head = model.get_submodule("head")
-            head.loss_function = partial(_loss, head.loss_function, own)  # type: ignore[assignment]
+            head: Any = model.get_submodule("head")
+            head.loss_function = partial(_loss, head.loss_function, own)
 
 
 def _linear(module: nn.Linear, config: QuantizeConfig, product: Product, inputs: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class QuantizedLinear(nn.Module):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
