@@ -85,7 +85,7 @@ class ScoredAttention:
         needs_all = self.slopes is not None or self.softcap is not None  # they take no ``is_causal``
         if mask is None and (hides or (needs_all and not is_single)):
             mask = (distances >= 0)[None, None]
-        if mask is None or not hides:
+        if mask is None or self.window is None or not hides:
             return mask
         return mask & (distances < self.window)
 
