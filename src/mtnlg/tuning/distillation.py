@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtnlg.config import DistillationConfig, LayoutConfig, TuningConfig
 from mtnlg.model import IGNORED_LABEL, MegatronLmDecoder
+from mtnlg.model.decoder import Head
 from mtnlg.model.loss import tokens_per_chunk
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.training.model_files import open_model_files
@@ -78,8 +79,8 @@ class DistilledLoss:
         config: share and temperature.
     """
 
-    def __init__(self, teacher: MegatronLmDecoder, head: nn.Module, config: DistillationConfig) -> None:
-        self._teacher, self._head, self._config = teacher, head, config
+    def __init__(self, teacher: MegatronLmDecoder, head: Head, config: DistillationConfig) -> None:
+        self._teacher, self._config = teacher, config
         self._plain = head.loss_function
         self._hidden: Tensor | None = None  # the teacher's, of the batch that the student is reading
 
