@@ -8,6 +8,7 @@ named once, and what comes out is the compiler's product itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def compiled(
     """
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.inference_mode(False), torch.no_grad():
-        shapes = [
+        shapes: list[Any] = [
             mode.from_tensor(example.clone(), symbolic_context=_symbols(example, axes))
             for example, axes in zip(examples, dynamic, strict=True)
         ]

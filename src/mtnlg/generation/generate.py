@@ -11,13 +11,13 @@ from mtnlg.generation.engine import Engine
 from mtnlg.generation.keeper import EngineKeeper, evaluating
 from mtnlg.generation.request import Generation, GenerationRequest, TokenEvent
 from mtnlg.generation.sampling import SamplingRules
-from mtnlg.model import MegatronLmDecoder
+from mtnlg.model import MegatronEncoderDecoder, MegatronLmDecoder
 
 TokenCallback = Callable[[int, int], None]  # (row, token)
 
 
 def generate(
-    model: MegatronLmDecoder,
+    model: MegatronLmDecoder | MegatronEncoderDecoder,
     prompts: Sequence[Sequence[int]],
     rules: SamplingRules | None = None,
     *,

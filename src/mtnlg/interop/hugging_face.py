@@ -160,9 +160,11 @@ def write_hugging_face_folder(
 
     saved["dtype"] = str(dtype or read(EMBEDDING).dtype).removeprefix("torch.")
     written = 0
-    tokens = dict(bos_token_id=end_of_text_id, eos_token_id=end_of_text_id, pad_token_id=padding_id)
+    tokens: dict[str, int | None] = dict(
+        bos_token_id=end_of_text_id, eos_token_id=end_of_text_id, pad_token_id=padding_id
+    )
     if config.architecture == "encoder_decoder":
-        tokens = special_ids(config)
+        tokens = {**special_ids(config)}
     saved |= tokens
     try:
         folder.mkdir(parents=True, exist_ok=True)

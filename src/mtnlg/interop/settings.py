@@ -191,7 +191,7 @@ class TwoRotaries(Rotary):
         if local.get("rope_type", "default") != "default":
             raise CheckpointError(f"{where}: positions of layers with a window are scaled; they cannot be.")
         found = super().read({**values, "rope_parameters": everywhere, "rope_scaling": None}, where)
-        base = local.get("rope_theta", values.get("rope_local_base_freq", self.local_base))
+        base: Any = local.get("rope_theta", values.get("rope_local_base_freq", self.local_base))
         return found | dict(rotary_local_base=float(base))
 
     def write(self, config: MegatronModelConfig) -> Values:

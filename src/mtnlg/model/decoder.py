@@ -123,8 +123,9 @@ class MegatronLmDecoder(nn.Module):
 
         A head that was exchanged for another kind of module keeps the matrix that it was made from.
         """
-        is_whole = self.embedding is not None and self.head is not None
-        if self.config.tie_word_embeddings and is_whole and isinstance(self.head.output, nn.Linear):
+        if not self.config.tie_word_embeddings or self.embedding is None or self.head is None:
+            return
+        if isinstance(self.head.output, nn.Linear):
             self.head.output.weight = self.embedding.tokens.weight
 
     def forward(
