@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class MegatronEncoderDecoderModel(MegatronEncoderDecoder):
     """An encoder-decoder: an ``nn.Module`` that also reads, writes and generates.
 
-    ``model(ids, decoder_input_ids).logits`` is [batch, target, vocab]; ``model(ids, labels=labels).loss`` is
-    the *sum* of the cross entropies, to be divided by the number of labels that are not ``-100``. Under
+    ``model(ids, decoder_input_ids).logits`` is [batch, target, vocab]; ``model(ids, labels=labels).loss``
+    is the *sum* of the cross entropies, to be divided by the number of labels that are not ``-100``. Under
     ``torch.device("meta")`` the model has shapes only.
 
     Args:

@@ -3,7 +3,8 @@
 Figures: GPT-2 (Radford et al. 2019), GPT-3 (arXiv 2005.14165, table 2.1, with Megatron's padded
 vocabulary), Megatron-LM (arXiv 2104.04473, table 1), MT-NLG (arXiv 2201.11990, section 2), Llama 2
 (arXiv 2307.09288), Llama 3 (arXiv 2407.21783), Qwen2.5 (arXiv 2412.15115), Mixtral (arXiv 2401.04088),
-Qwen3 (arXiv 2505.09388), T5 (arXiv 1910.10683), mT5 (arXiv 2010.11934). The ``tiny`` sizes are ours, for laptops.
+Qwen3 (arXiv 2505.09388), T5 (arXiv 1910.10683), mT5 (arXiv 2010.11934). The ``tiny``
+sizes are ours, for laptops.
 """
 
 from __future__ import annotations

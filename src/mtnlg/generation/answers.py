@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.adapter import AdapterConfig
+from mtnlg.config.errors import ConfigError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.beam import beam_search
 from mtnlg.generation.contrastive import contrastive_search
@@ -20,10 +22,12 @@ from mtnlg.generation.options import (
     requests_for,
     search_options,
 )
+from mtnlg.generation.pages import PageBooks
 from mtnlg.generation.prompts import Prompt, Prompts, end_id, start_ids
 from mtnlg.generation.request import Generation, GenerationRequest, TokenEvent
+from mtnlg.generation.runner import Runner, RunnerWithAdapter
 from mtnlg.generation.samples import best_samples
-from mtnlg.generation.search import SearchOptions
+from mtnlg.generation.search import Access, SearchOptions
 from mtnlg.generation.text import continuation_text
 from mtnlg.model import LanguageModel, MegatronLmDecoder
 from mtnlg.tokens import Tokenizer
@@ -104,7 +108,7 @@ def search_one(engine: Engine, request: GenerationRequest, options: SearchOption
     """
     request = engine.with_source(request)
     max_length = engine.check(request)
-    access = engine.access_for(request)
+    access = _access_for(engine, request)
     if options.penalty_alpha is not None:
         results = [contrastive_search(access, request, options, max_length)]
     else:
@@ -120,6 +124,34 @@ def search_one(engine: Engine, request: GenerationRequest, options: SearchOption
             generation.text = continuation_text(engine.decode, request.prompt_ids, said)
         found.append(generation)
     return found
+
+
+def _access_for(engine: Engine, request: GenerationRequest) -> Access:
+    """What :meth:`Engine.exclusively` gives, with the request's adapter in every row.
+
+    Raises:
+        ConfigError: its adapter has virtual tokens, with which nothing is searched.
+    """
+    loaded = engine.adapters.get(request.adapter)
+    if loaded is None:
+        if engine.own_adapter is not None and engine.own_adapter.num_positions:
+            raise ConfigError(
+                "beam and contrastive search: a model with virtual tokens is not searched. Sample, or "
+                "go on greedily."
+            )
+        return engine.exclusively
+    if loaded.num_virtual:
+        raise ConfigError(
+            f"adapter {loaded.name!r} has virtual tokens: beam and contrastive search do not go with "
+            "them. Sample, or go on greedily."
+        )
+
+    @contextmanager
+    def access() -> Iterator[tuple[Runner, PageBooks]]:
+        with engine.exclusively() as (runner, books):
+            yield RunnerWithAdapter(runner, loaded), books
+
+    return access
 
 
 def _end_ids(

@@ -22,18 +22,19 @@ import torch
 from torch import Tensor
 
 from mtnlg.config.adapter import AdapterConfig
-from mtnlg.config.errors import ConfigError, MtnlgError
+from mtnlg.config.errors import MtnlgError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.adapters import AdapterShelf
 from mtnlg.generation.checks import check_request
 from mtnlg.generation.choose_runner import make_runner
 from mtnlg.generation.locks import FairLock
 from mtnlg.generation.pages import PageBooks
+from mtnlg.generation.refusals import EngineClosedError as EngineClosedError
+from mtnlg.generation.refusals import QueueFullError as QueueFullError
 from mtnlg.generation.request import FinishReason, Generation, GenerationRequest, TokenEvent
-from mtnlg.generation.runner import Runner, RunnerWithAdapter
+from mtnlg.generation.runner import Runner
 from mtnlg.generation.sampler import SamplingState
 from mtnlg.generation.scheduler import Drafter, Running, Scheduler
-from mtnlg.generation.search import Access
 from mtnlg.generation.speculation import make_drafter
 from mtnlg.generation.statistics import EngineStatistics
 from mtnlg.generation.step import Stepper
@@ -45,14 +46,6 @@ from mtnlg.model.virtual_tokens import prompt_with_virtual
 Decode = Callable[[list[int]], str]
 LOG = logging.getLogger(__name__)
 PIECE = 64  # tokens; see Scheduler's ``piece``
-
-
-class QueueFullError(MtnlgError):
-    """The engine has as many requests waiting as it may."""
-
-
-class EngineClosedError(MtnlgError):
-    """The engine takes no more requests: it was closed, or an error of its own stopped it."""
 
 
 class Engine:
@@ -97,8 +90,8 @@ class Engine:
         drafter = drafter or make_drafter(self.config, runner.vocab_size, draft_model)
         capacity = runner.num_pages * runner.page_size
         # Whose virtual tokens stand with every text.
-        self._adapter: AdapterConfig | None = getattr(model, "adapter", None)
-        self.max_length = longest_text(self._adapter, min(runner.max_length, capacity))
+        self.own_adapter: AdapterConfig | None = getattr(model, "adapter", None)
+        self.max_length = longest_text(self.own_adapter, min(runner.max_length, capacity))
         self.adapters = AdapterShelf(model, getattr(runner, "takes_adapters", False))
         self.statistics = EngineStatistics(cache_capacity=capacity)
         self._scheduler = Scheduler(
@@ -126,8 +119,6 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._is_closing = False  # the thread is to stop
         self._refusal: str | None = None  # why nothing is taken in any more
-
-    # -- requests
 
     def submit(self, request: GenerationRequest) -> Generation:
         """Put a request in the queue.
@@ -161,18 +152,13 @@ class Engine:
         Raises:
             ConfigError: it cannot be answered; all that is wrong with it is named.
         """
-        loaded = self.adapters.get(request.adapter)
-        refuse_with_virtual_tokens(self._adapter if loaded is None else loaded.adapter.config, request)
-        longest = self.longest(request.adapter)
-        request = self.with_source(request)
-        return check_request(request, self.runner.vocab_size, longest, self.decode is not None)
+        loaded, has_text = self.adapters.get(request.adapter), self.decode is not None
+        refuse_with_virtual_tokens(self.own_adapter if loaded is None else loaded.adapter.config, request)
+        longest, request = self.longest(request.adapter), self.with_source(request)
+        return check_request(request, self.runner.vocab_size, longest, has_text)
 
     def longest(self, adapter: str | None = None) -> int:
-        """Most tokens of prompt and continuation, with the adapter of this name.
-
-        Raises:
-            ConfigError: there is no such adapter.
-        """
+        """Most tokens of prompt and continuation; ConfigError where there is no such adapter."""
         loaded = self.adapters.get(adapter)
         return self.max_length if loaded is None else longest_text(loaded.adapter.config, self.max_length)
 
@@ -193,7 +179,7 @@ class Engine:
         state = SamplingState.of_request(request)
         ids = list(request.prompt_ids)
         loaded = self.adapters.get(request.adapter)
-        config = self._adapter if loaded is None else loaded.adapter.config
+        config = self.own_adapter if loaded is None else loaded.adapter.config
         if config is not None:
             ids = prompt_with_virtual(ids, config, self.runner.vocab_size)
         max_length += len(ids) - len(request.prompt_ids)
@@ -243,33 +229,6 @@ class Engine:
         """
         with self._stepping, torch.inference_mode():
             yield self.runner, self._scheduler.books
-
-    def access_for(self, request: GenerationRequest) -> Access:
-        """What :meth:`exclusively` gives, with the request's adapter in every row.
-
-        Raises:
-            ConfigError: its adapter has virtual tokens, with which nothing is searched.
-        """
-        loaded = self.adapters.get(request.adapter)
-        if loaded is None:
-            if self._adapter is not None and self._adapter.num_positions:
-                raise ConfigError(
-                    "beam and contrastive search: a model with virtual tokens is not searched. Sample, or "
-                    "go on greedily."
-                )
-            return self.exclusively
-        if loaded.num_virtual:
-            raise ConfigError(
-                f"adapter {loaded.name!r} has virtual tokens: beam and contrastive search do not go with "
-                "them. Sample, or go on greedily."
-            )
-
-        @contextmanager
-        def access() -> Iterator[tuple[Runner, PageBooks]]:
-            with self.exclusively() as (runner, books):
-                yield RunnerWithAdapter(runner, loaded), books
-
-        return access
 
     def _cancel(self, generation: Generation) -> None:
         with self._wake:

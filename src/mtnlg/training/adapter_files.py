@@ -96,7 +96,8 @@ def _check(base: ModelFiles, adapter: Adapter, where: str) -> None:
     if adapter.config.num_positions:
         raise CheckpointError(
             f"{where}: an adapter of method {adapter.config.method} adds virtual tokens, which are no "
-            "weights of the base: load it with MegatronLmModel.from_pretrained, or give the base and --adapter."
+            "weights of the base: load it with MegatronLmModel.from_pretrained, or give the base and "
+            "--adapter."
         )
     if adapter.base_fingerprint is not None:
         check_base(adapter.base_fingerprint, base_fingerprint(base), where)
