@@ -58,9 +58,7 @@ class MegatronLmModel(MegatronLmDecoder):
         self, config: MegatronModelConfig, tokenizer: Tokenizer | None = None, seed: int = 1234
     ) -> None:
         if config.architecture != "decoder":
-            raise ConfigError(
-                f"architecture is {config.architecture!r}: use MegatronEncoderDecoderModel."
-            )
+            raise ConfigError(f"architecture is {config.architecture!r}: use MegatronEncoderDecoderModel.")
         super().__init__(config)
         self.tokenizer = tokenizer
         # What engines run a model with whose weights are on other ranks; ``None``: they are here.

@@ -112,7 +112,7 @@ def compare_gradients(theirs: Any, ours: MegatronEncoderDecoder) -> None:
 
 def test_bf16_is_as_near_to_float32_as_transformers_own(pair):
     """Both round differently, so the bound is on the distance of each from float32."""
-    _, theirs, ours, folder = pair
+    _, theirs, _ours, folder = pair
     with torch.no_grad():
         exact = theirs(SOURCE, attention_mask=MASK, labels=LABELS).logits
         rounded = type(theirs).from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -125,7 +125,7 @@ def test_bf16_is_as_near_to_float32_as_transformers_own(pair):
 
 
 def test_what_we_write_is_what_transformers_and_we_read(pair, transformers, tmp_path):
-    _, theirs, ours, folder = pair
+    _, theirs, ours, _folder = pair
     write_hugging_face(ours, tmp_path, max_shard_bytes=20_000)
     again = load(tmp_path)
     assert again.config == ours.config

@@ -62,8 +62,8 @@ def _measure(arguments: Namespace, progress: Progress) -> PerplexityResult:
     model, tokenizer = open_model(arguments.model, arguments.device)
     if model.config.architecture == "encoder_decoder":
         raise ConfigError(
-            f"{arguments.model} is an encoder-decoder, and this scores texts that a decoder continues: what "
-            "an encoder-decoder loses on its own objective is in its run's metrics."
+            f"{arguments.model} is an encoder-decoder, and this scores texts that a decoder continues: "
+            "what an encoder-decoder loses on its own objective is in its run's metrics."
         )
     options = _picked(arguments, "max_tokens", "window", "stride", "batch_size")
     if folder is not None:

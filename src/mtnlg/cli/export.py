@@ -107,9 +107,7 @@ def dtype_of(arguments: Namespace) -> torch.dtype | None:
 
     if arguments.precision not in (None, *COMPUTE_DTYPES):
         names = ", ".join(COMPUTE_DTYPES)
-        raise ConfigError(
-            f"--precision is {arguments.precision!r}: choose one of {names}."
-        )
+        raise ConfigError(f"--precision is {arguments.precision!r}: choose one of {names}.")
     return COMPUTE_DTYPES.get(arguments.precision or "")
 
 
