@@ -63,11 +63,12 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     """The command line as a ``RunConfig``; the parser itself serves the help."""
     from jsonargparse import Namespace
 
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        parser.parse_args(arguments)  # prints the help, or says what is missing, and exits
+    # Not for the help: they import torch.
     from mtnlg.config.load import load_run_config
     from mtnlg.tuning.defaults import tuning_defaults
 
-    if not arguments or "-h" in arguments or "--help" in arguments:
-        parser.parse_args(arguments)  # prints the help, or says what is missing, and exits
     switches = dict.fromkeys(SWITCHES, False)
     words: list[str] = []
     overrides: list[str] = []
