@@ -193,7 +193,8 @@ def test_headers_say_what_is_left(guarded):
     assert answer.headers["x-ratelimit-limit-requests"] == "100"
     assert answer.headers["x-ratelimit-limit-tokens"] == "3000"
     assert int(answer.headers["x-ratelimit-remaining-requests"]) <= 99
-    assert int(answer.headers["x-ratelimit-remaining-tokens"]) <= 2999
+    # 50 tokens come back in a second: all that was taken may be there again before the headers are written.
+    assert 2900 < int(answer.headers["x-ratelimit-remaining-tokens"]) <= 3000
     assert answer.headers["x-ratelimit-reset-requests"].endswith(("ms", "s"))
 
 
