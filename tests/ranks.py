@@ -41,6 +41,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED_FROM = (str(ROOT), str(ROOT / "src"))
 START_SECONDS = 300.0
+JOBS_OF_A_WORLD = 30  # every group that a job makes leaves a thread that wakes a hundred times a second
 GRACE_SECONDS = 3.0
 IMPORTED_FIRST = ("mtnlg.parallel", "mtnlg.training.step", "mtnlg.training.checkpoints")
 
@@ -137,6 +138,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self._worlds: dict[int, list[_Rank]] = {}
+        self._jobs: dict[int, int] = {}  # that each world has done
         self._folder = Path(tempfile.mkdtemp(prefix="mtnlg-ranks-"))
         self._starts = 0
         self._nursery: _Nursery | None = None
@@ -152,8 +154,11 @@ class RankPool:
         """
         if size == 1:
             return [function(*args)]
+        if self._jobs.get(size, 0) >= JOBS_OF_A_WORLD:
+            self.end_world(size)
         if size not in self._worlds:
             self._start_world(size)
+        self._jobs[size] = self._jobs.get(size, 0) + 1
         name = f"{function.__module__}:{function.__qualname__}"
         for worker in self._worlds[size]:
             worker.connection.send_bytes(pickle.dumps((name, args)))
@@ -169,6 +174,7 @@ class RankPool:
 
     def end_world(self, size: int) -> None:
         """End the processes of one number of ranks, and with them what they hold in memory."""
+        self._jobs.pop(size, None)
         for worker in self._worlds.pop(size, []):
             worker.signal(signal.SIGKILL)
             self._how_it_ended(worker)

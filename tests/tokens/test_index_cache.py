@@ -114,7 +114,8 @@ def _open(folder: str, calls: str) -> int:
 
 def test_processes_that_start_together_build_once(tmp_path):
     calls = tmp_path / "calls"
-    with multiprocessing.get_context("fork").Pool(4) as pool:
+    # Spawned: a fork of a process that has run much else inherits locks whose holders it has not.
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
         sums = pool.starmap(_open, [(str(tmp_path / "cache"), str(calls))] * 12)
     assert sums == [499_500] * 12
     if os.name == "posix":
