@@ -113,7 +113,7 @@ def make_prompts(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(67, (length,)).tolist() for length in lengths]
 
 
-def close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
+def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
     assert found.dtype == torch.float32 and found.shape == expected.shape
     assert (found - expected).abs().max() <= BOUNDS[dtype] * expected.abs().max()
 
@@ -143,7 +143,7 @@ def test_logits_are_those_of_the_plain_runner(
     prompts = make_prompts([1, 19, 33, 16, 7])
     plain = PlainRunner(copy.deepcopy(model).to(dtype), 15)
     fast = FastRunner(model, 15, dtype=dtype, deterministic=deterministic)
-    close(fast.run(rows_of(prompts)), plain.run(rows_of(prompts)), dtype)
+    assert_near(fast.run(rows_of(prompts)), plain.run(rows_of(prompts)), dtype)
     if dtype == torch.float32:
         assert continue_greedily(fast, prompts, 5) == continue_greedily(plain, prompts, 5)
 
@@ -156,7 +156,7 @@ def test_prompts_in_pieces_beside_single_tokens_and_any_number_of_logits(make_mo
     fast = FastRunner(model, 9)
     assert fast.run([Row(long[:18], 0, [6, 3, 5], num_logits=0)]).shape == (0, 67)
     found = fast.run([Row(short[:1], 0, [8, 1]), Row(long[18:36], 18, [6, 3, 5], num_logits=18)])
-    close(found, torch.cat([of_short[:1], whole[18:36]]))
+    assert_near(found, torch.cat([of_short[:1], whole[18:36]]))
     found = fast.run(
         [
             Row(long[36:38], 36, [6, 3, 5], num_logits=2),
@@ -164,9 +164,9 @@ def test_prompts_in_pieces_beside_single_tokens_and_any_number_of_logits(make_mo
             Row(long[:1], 0, [2], num_logits=1),
         ]
     )
-    close(found, torch.cat([whole[36:38], whole[:1]]))
+    assert_near(found, torch.cat([whole[36:38], whole[:1]]))
     found = fast.run([Row(short[19:], 19, [8, 1]), Row(long[38:], 38, [6, 3, 5], num_logits=2)])
-    close(found, torch.cat([of_short[19:], whole[38:]]))
+    assert_near(found, torch.cat([of_short[19:], whole[38:]]))
 
 
 def test_shared_pages_are_read_and_not_written(make_model: MakeModel) -> None:
@@ -178,7 +178,7 @@ def test_shared_pages_are_read_and_not_written(make_model: MakeModel) -> None:
     found = fast.run([Row(prompt[32:], 32, [5, 2, 7]), Row(prompt[32:34], 32, [5, 2, 0])])
     for pool, (keys, values) in zip(fast._pools.values(), before):
         assert torch.equal(pool.keys[[5, 2]], keys) and torch.equal(pool.values[[5, 2]], values)
-    close(found, torch.cat([PlainRunner(model, 3).run(rows_of([prompt[:end]])) for end in (37, 34)]))
+    assert_near(found, torch.cat([PlainRunner(model, 3).run(rows_of([prompt[:end]])) for end in (37, 34)]))
 
 
 def test_a_copied_page_goes_on_as_its_source_would(make_model: MakeModel) -> None:
@@ -188,7 +188,7 @@ def test_a_copied_page_goes_on_as_its_source_would(make_model: MakeModel) -> Non
     fast.run([Row(prompt[:20], 0, [4, 1])])
     fast.copy_pages([1], [3])
     found = fast.run([Row(prompt[20:], 20, [4, 1]), Row(prompt[20:], 20, [4, 3])])
-    close(found[1], found[0])
+    assert_near(found[1], found[0])
 
 
 def test_hidden_states_are_those_of_the_plain_runner(make_model: MakeModel) -> None:
@@ -196,7 +196,7 @@ def test_hidden_states_are_those_of_the_plain_runner(make_model: MakeModel) -> N
     prompts = make_prompts([3, 18, 20])
     plain, fast = PlainRunner(model, 9), FastRunner(model, 9)
     for found, expected in zip(fast.hidden(rows_of(prompts)), plain.hidden(rows_of(prompts)), strict=True):
-        close(found, expected)
+        assert_near(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -237,10 +237,10 @@ def test_compiled_attention_is_the_plain_one(make_model: MakeModel, dtype: torch
     runners = [FastRunner(model, 15, dtype=dtype, compile=mode) for mode in ("off", "on")]
     assert [runner.kernel.is_compiled for runner in runners] == [False, True]
     plain, compiled = (runner.run(rows_of(prompts)) for runner in runners)
-    close(compiled, plain, dtype)
+    assert_near(compiled, plain, dtype)
     for count in (1, 2, 5):  # one token, two, more
         plain, compiled = (runner.run(_next(prompts[:count])) for runner in runners)
-        close(compiled, plain, dtype)
+        assert_near(compiled, plain, dtype)
 
 
 def _next(prompts: list[list[int]]) -> list[Row]:
@@ -256,7 +256,7 @@ def test_a_long_text_beside_short_ones(make_model: MakeModel) -> None:
     for runner in (fast, plain):
         runner.run([Row(prompt[:-1], 0, own, 0) for prompt, own in zip(prompts, pages)])
     rows = [Row(prompt[-1:], len(prompt) - 1, own) for prompt, own in zip(prompts, pages)]
-    close(fast.run(rows), plain.run(rows))
+    assert_near(fast.run(rows), plain.run(rows))
 
 
 def test_changed_weights_count_after_a_refresh(make_model: MakeModel) -> None:
@@ -269,7 +269,7 @@ def test_changed_weights_count_after_a_refresh(make_model: MakeModel) -> None:
     fast.refresh()
     after = fast.run(rows_of(prompts))
     assert not torch.equal(after, before)
-    close(after, PlainRunner(model, 3).run(rows_of(prompts)))
+    assert_near(after, PlainRunner(model, 3).run(rows_of(prompts)))
 
 
 def test_without_a_compiler_the_plain_form_answers(
@@ -282,7 +282,7 @@ def test_without_a_compiler_the_plain_form_answers(
     model, prompts = make_model(), make_prompts([9, 3])
     fast = FastRunner(model, 6, deterministic=True, compile="auto")
     assert not fast.kernel.is_compiled
-    close(fast.run(rows_of(prompts)), PlainRunner(model, 6).run(rows_of(prompts)))
+    assert_near(fast.run(rows_of(prompts)), PlainRunner(model, 6).run(rows_of(prompts)))
     with pytest.raises(RuntimeError, match="no C"):
         FastRunner(model, 6, compile="on")
 
@@ -314,7 +314,7 @@ def test_compiling_in_the_background_begins_with_work_and_changes_nothing(
     monkeypatch.undo()
     fast.kernel.compile_in_background().join()
     assert fast.kernel.is_compiled
-    close(fast.run(rows_of(prompts)), before)
+    assert_near(fast.run(rows_of(prompts)), before)
 
 
 def test_the_runner_is_chosen_by_model_and_settings(make_model: MakeModel) -> None:

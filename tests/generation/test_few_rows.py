@@ -4,8 +4,7 @@ import sys
 
 import pytest
 import torch
-from tests.generation.test_fast_runner import FAMILIES, MakeModel, make_prompts, rows_of
-from tests.generation.test_fast_runner import close as close_to
+from tests.generation.test_fast_runner import FAMILIES, MakeModel, assert_near, make_prompts, rows_of
 
 from mtnlg.generation import few_rows, native
 from mtnlg.generation.fast_runner import FastRunner
@@ -65,7 +64,7 @@ def test_where_there_is_no_kernel_other_products_are_used(
     assert "avx512f" in caplog.text
     model, (prompt,) = make_model(), make_prompts([9])
     fast, plain = FastRunner(model, 6, compile="on"), PlainRunner(model, 6)
-    close_to(fast.run(rows_of([prompt])), plain.run(rows_of([prompt])), torch.float32)
+    assert_near(fast.run(rows_of([prompt])), plain.run(rows_of([prompt])), torch.float32)
 
 
 # In bf16 a router may choose other experts for the last bit of its scores: experts only in float32.
@@ -84,7 +83,7 @@ def test_a_few_rows_get_the_plain_numbers(make_model: MakeModel, family: str, dt
     (prompt,) = make_prompts([20])
     for start, end in ((0, 17), (17, 18), (18, 19), (19, 20)):
         row = rows_of([prompt], start, end)
-        close_to(fast.run(row), plain.run(row), dtype)
+        assert_near(fast.run(row), plain.run(row), dtype)
 
 
 def test_weights_that_have_changed_reach_few_rows_too(make_model: MakeModel) -> None:
@@ -98,7 +97,7 @@ def test_weights_that_have_changed_reach_few_rows_too(make_model: MakeModel) -> 
     fast.refresh()
     after = fast.run(row)
     assert not torch.allclose(before, after)
-    close_to(after, PlainRunner(model, 3).run(row), torch.float32)
+    assert_near(after, PlainRunner(model, 3).run(row), torch.float32)
 
 
 def test_a_deterministic_runner_keeps_to_one_kind_of_product(make_model: MakeModel) -> None:

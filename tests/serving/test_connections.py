@@ -193,6 +193,7 @@ def test_whoever_leaves_the_queue_is_forgotten(held):
 
 
 def test_samples_of_one_request_leave_together(held):
+    before = held.engine.statistics.finish_reasons.get("cancelled", 0)
     held.runner.hold()
     connection = begin(held, "/v1/completions", {**LONG, "n": 4, "temperature": 1})
     eventually(lambda: num_present(held) == 4)
@@ -200,6 +201,7 @@ def test_samples_of_one_request_leave_together(held):
     eventually(lambda: held.server.state.num_busy == 0 or len(held.engine._given_up) == 4)
     held.runner.allow()
     eventually(lambda: is_idle(held))
+    assert held.engine.statistics.finish_reasons["cancelled"] == before + 4
 
 
 def test_a_full_queue_refuses_with_a_time(held):
