@@ -233,7 +233,7 @@ class Engine:
     def _cancel(self, generation: Generation) -> None:
         with self._wake:
             entry = self._entries.get(generation)
-            if entry is None:
+            if entry is None or any(other is entry for other in self._given_up):
                 return
             self._given_up.append(entry)
             self._wake.notify_all()
