@@ -18,7 +18,7 @@ from mtnlg.generation.fast_runner import FastRunner
 from mtnlg.generation.request import GenerationRequest
 from mtnlg.generation.runner import PlainRunner
 from mtnlg.generation.search import SearchOptions
-from mtnlg.interop.adapter import Adapter, LowRank, load_adapter
+from mtnlg.interop.adapter import Adapter, LowRank, load_adapter, values_of
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.model.adapters import merge_low_rank
 from mtnlg.model.virtual_tokens import prompt_with_virtual
@@ -123,6 +123,29 @@ def test_the_plain_runner_gives_the_same(make_model: MakeModel) -> None:
         assert new == alone(model, kind and make_adapter(model, kind), prompt, 5), kind
     assert model.adapter is None
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
+
+
+def test_the_adapter_that_is_in_a_model_is_mixed_in_like_any(make_model: MakeModel) -> None:
+    base = make_model("llama")
+    [prompt] = make_prompts([12])
+    for kind in KINDS:
+        model, adapter = copy.deepcopy(base), make_adapter(base, kind)
+        load_adapter(model, adapter)
+        before = [(name, id(item)) for name, item in model.named_parameters()]
+        logits = model(torch.tensor([prompt])).logits
+        engine = Engine(model, config=EngineConfig(compile="off"))
+        assert isinstance(engine.runner, FastRunner)
+        assert run_mixed(engine, [(None, prompt)], 6) == [alone(base, adapter, prompt, 6)], kind
+        assert [(name, id(item)) for name, item in model.named_parameters()] == before
+        assert torch.equal(model(torch.tensor([prompt])).logits, logits)
+        changed = make_adapter(base, kind, seed=1)
+        values = values_of(changed)
+        with torch.no_grad():
+            for name, item in model.named_parameters():
+                if name in values:
+                    item.copy_(values[name])
+        engine.forget()
+        assert run_mixed(engine, [(None, prompt)], 6) == [alone(base, changed, prompt, 6)], kind
 
 
 def test_answers_do_not_depend_on_who_else_is_there(make_model: MakeModel) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.errors import CheckpointError, ConfigError
-from mtnlg.interop.adapter import Adapter, load_adapter
+from mtnlg.interop.adapter import Adapter, adapter_of, load_adapter
 from mtnlg.interop.fingerprint import check_base, fingerprint_of
 from mtnlg.interop.peft import read_adapter
 from mtnlg.model import LanguageModel, MegatronLmDecoder
@@ -47,6 +47,11 @@ class LoadedAdapter:
     def prompt_ids(self, ids: Sequence[int], vocab_size: int) -> list[int]:
         """A prompt with its virtual tokens, whose ids are ``vocab_size`` and up."""
         return prompt_with_virtual(list(ids), self.adapter.config, vocab_size)
+
+
+def own_adapter_of(model: MegatronLmDecoder) -> LoadedAdapter | None:
+    """The adapter that is in a model, as its values are now, for rows that name none."""
+    return None if model.adapter is None else LoadedAdapter("", 0, adapter_of(model))
 
 
 class AdapterShelf:

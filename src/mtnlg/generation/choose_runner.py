@@ -15,6 +15,7 @@ from mtnlg.generation.memory import num_cache_pages
 from mtnlg.generation.prepared import can_prepare
 from mtnlg.generation.runner import PAGE_SIZE, PlainRunner, Runner
 from mtnlg.model import LanguageModel, MegatronEncoderDecoder, MegatronLmDecoder
+from mtnlg.model.adapters import adapter_set_aside
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 PREPARED_DTYPES = (torch.float32, torch.bfloat16)
@@ -35,7 +36,7 @@ def make_runner(model: LanguageModel, config: EngineConfig) -> Runner:
         ConfigError: ``cache_gib`` does not hold a page, or this model's cache cannot be int8.
     """
     make = getattr(model, "make_runner", None)
-    is_fast = make is None and isinstance(model, MegatronLmDecoder) and can_prepare(model)
+    is_fast = make is None and isinstance(model, MegatronLmDecoder) and _can_prepare(model)
     if config.cache_dtype == "int8" and not is_fast:
         raise ConfigError(
             "cache_dtype is 'int8': a model over ranks, an encoder-decoder or one with parts that the fast "
@@ -49,7 +50,7 @@ def make_runner(model: LanguageModel, config: EngineConfig) -> Runner:
         return _encoder_decoder_runner(model, config, dtype)
     element = int8_element_bytes(model.config) if config.cache_dtype == "int8" else dtype.itemsize
     num_pages = num_cache_pages(model.config, config, PAGE_SIZE, element, parameter.device)
-    if dtype in PREPARED_DTYPES and can_prepare(model):
+    if dtype in PREPARED_DTYPES and is_fast:
         mode = config.compile
         if mode == "auto" and model.config.num_parameters < WORTH_COMPILING:
             mode = "off"
@@ -58,6 +59,11 @@ def make_runner(model: LanguageModel, config: EngineConfig) -> Runner:
     if dtype != parameter.dtype:
         model = copy.deepcopy(model).to(dtype)
     return PlainRunner(model, num_pages)
+
+
+def _can_prepare(model: MegatronLmDecoder) -> bool:
+    with adapter_set_aside(model):  # mixed in by the runner
+        return can_prepare(model)
 
 
 def _encoder_decoder_runner(

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtnlg.generation.adapters import own_adapter_of
 from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
 from mtnlg.generation.few_rows import most_rows
 from mtnlg.generation.int8_pages import Int8PagePool
@@ -17,10 +18,12 @@ from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared import PreparedDecoder
 from mtnlg.generation.quantized_linears import have_kernel_for
 from mtnlg.generation.row_counts import filled_up
-from mtnlg.generation.runner import PAGE_SIZE, Row
+from mtnlg.generation.runner import PAGE_SIZE, Row, with_own
 from mtnlg.generation.scored_attention import attend_scored
+from mtnlg.generation.stacked_updates import WholeBase
 from mtnlg.generation.step_plan import Piece, StepPlan, plan_step
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.model.adapters import adapter_set_aside
 from mtnlg.model.attention_scores import ScoredAttention
 
 
@@ -80,7 +83,9 @@ class FastRunner:
         Keys and values that pages hold were computed with the old ones: forget them too.
         """
         self._mixer: AdapterMixer | None = None  # made when the first adapter comes
-        self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._most_of_few > 0)
+        self._own = own_adapter_of(self.model)  # of rows that name none
+        with adapter_set_aside(self.model):
+            self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._most_of_few > 0)
 
     def _fewest_of(self, rows: Sequence[Row]) -> int:
         """Rows of products that a step should have at least."""
@@ -103,6 +108,8 @@ class FastRunner:
         if not wanted:
             return torch.empty(0, self.vocab_size, device=self.device)
         padded = wanted + [0] * (filled_up(len(wanted), self._fewest_of(rows)) - len(wanted))
+        if self._mixer is not None:
+            self._mixer.narrow(padded)
         last = self._decoder.norm(hidden[torch.tensor(padded, device=self.device)])
         return self._decoder.output(last)[: len(wanted)].float()
 
@@ -121,6 +128,7 @@ class FastRunner:
             pool.copy(of, to)
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
+        rows = with_own(rows, self._own)
         plan = plan_step(rows, self.page_size, self._fewest_of(rows), self.is_invariant, self.device)
 
         mixer = self._mix(rows, plan)
@@ -136,8 +144,9 @@ class FastRunner:
     def _mix(self, rows: Sequence[Row], plan: StepPlan) -> AdapterMixer | None:
         """Have the weights follow the rows' adapters."""
         if self._mixer is None and any(row.adapter is not None for row in rows):
-            self._mixer = AdapterMixer(self._decoder, self.model, self.is_invariant)
+            self._mixer = AdapterMixer(self._decoder, WholeBase(self.model), self.is_invariant)
         if self._mixer is not None:
+            self._mixer.lay_out(rows)
             self._mixer.begin(rows, plan)
         return self._mixer
 

@@ -6,6 +6,7 @@ tokens of all sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ class PreparedDecoder:
         self.config, self.dtype = model.config, dtype
         activation = model.config.activation_function
         self.tokens = model.embedding.tokens.weight.detach()
+        self.device = self.tokens.device
+        self.look_up: Callable[[Tensor], Tensor] | None = self._look_up
         embedding = model.embedding
         positions, self.scale = embedding.positions, embedding.scale
         self.positions = (
@@ -137,13 +140,13 @@ class PreparedDecoder:
         output = prepared_linear([model.head.output], dtype, for_few_rows)
         self.output = prepared_head(output, model.head, dtype)
 
-    def look_up(self, ids: Tensor) -> Tensor:
-        """Embeddings of tokens: [tokens] → [tokens, hidden]"""
+    def _look_up(self, ids: Tensor) -> Tensor:
         return self.tokens[ids].to(self.dtype)
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """After the last layer, before the final norm: [tokens] → [tokens, hidden]"""
-        hidden = self.look_up(ids)
+        assert self.look_up is not None
+        hidden = self.look_up(ids)  # [tokens] → [tokens, width]
         if self.scale is not None:
             hidden = hidden * hidden.new_tensor(self.scale)
         if self.projection is not None:
@@ -156,6 +159,11 @@ class PreparedDecoder:
         for layer in self.layers:
             hidden = layer(hidden, rotations.of_layer(layer), attend)
         return hidden
+
+    @property
+    def all_layers(self) -> list[PreparedLayer]:
+        """In their order."""
+        return self.layers
 
     @property
     def num_bytes(self) -> int:

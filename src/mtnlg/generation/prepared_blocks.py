@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtnlg.generation.linears import Linear, make_linear
+from mtnlg.generation.linears import Linear, PlainLinear, make_linear
 from mtnlg.generation.quantized_linears import make_quantized_linear
 from mtnlg.generation.row_counts import filled_up
 from mtnlg.model.mlp import ACTIVATION_FUNCTIONS, Mlp
@@ -88,7 +88,10 @@ class PreparedExperts:
         shared = mixture.shared
         self.shared = None if shared is None else prepared_mlp(shared, activation, dtype)
         gate = mixture.shared_gate
-        self.shared_gate = None if gate is None else gate.weight.detach().to(dtype)  # [1, hidden]
+        self.shared_gate: Linear | None = None  # [1, hidden]
+        if gate is not None:
+            weight = gate.weight.detach().to(dtype)
+            self.shared_gate = PlainLinear(weight, None, ACTIVATION_FUNCTIONS, is_copy=False)
         self.score = _linear(mixture.router.weight.detach().float(), dtype=torch.float32)
         self.router = copy.copy(mixture.router)  # the same weights under another product
         self.router.logits_function = lambda hidden, weight: self.score(hidden[0].float())[None]
@@ -105,7 +108,7 @@ class PreparedExperts:
         # [rows, experts of each, hidden]
         mixed = (outputs.unflatten(0, (len(rows), -1)) * weights[0, :, :, None].to(rows.dtype)).sum(1)
         if self.shared is not None and self.shared_gate is not None:
-            mixed = mixed + F.linear(rows, self.shared_gate).sigmoid() * self.shared(rows)
+            mixed = mixed + self.shared_gate(rows).sigmoid() * self.shared(rows)
         elif self.shared is not None:
             mixed = self.shared(rows, plus=mixed)
         return mixed if plus is None else mixed + plus

@@ -65,6 +65,13 @@ class Runner(Protocol):
         """Let each target page hold what its source page holds: a sequence goes on in two ways."""
 
 
+def with_own(rows: Sequence[Row], own: LoadedAdapter | None) -> Sequence[Row]:
+    """The rows, with the model's own adapter where they name none."""
+    if own is None:
+        return rows
+    return [row if row.adapter is not None else replace(row, adapter=own) for row in rows]
+
+
 class RunnerWithAdapter:
     """A runner all of whose rows have one adapter (:class:`Runner`).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from mtnlg.config.errors import CheckpointError, ConfigError
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.model.adapters import (
     PROMPT_NAME,
+    adapted_linears,
     is_of_adapter,
     kind_beside,
     put_adapter,
     take_out_adapter,
 )
-from mtnlg.model.low_rank import CHILD, LowRankUpdate, add_low_rank
+from mtnlg.model.low_rank import CHILD, LowRankUpdate, add_low_rank, low_rank_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,13 @@ def adapter_of(decoder: MegatronLmDecoder, base_fingerprint: str | None = None) 
     if decoder.adapter is None:
         raise ConfigError("the model has no adapter.")
     values = {name: item.detach() for name, item in decoder.named_parameters() if is_of_adapter(name)}
-    return adapter_from_values(decoder.adapter, values, base_fingerprint)
+    found = adapter_from_values(decoder.adapter, values, base_fingerprint)
+    low_rank = dict(found.low_rank)
+    for name, linear in adapted_linears(decoder):
+        update = low_rank_of(linear)
+        assert update is not None
+        low_rank[name] = replace(low_rank[name], scale=update.scale)  # layers may differ in it
+    return replace(found, low_rank=low_rank)
 
 
 def adapter_from_values(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from mtnlg.model.virtual_tokens import (
 )
 
 PROMPT_NAME = "embedding.prompt.weight"
+EMBEDDING_TARGET, HEAD_TARGET = "embedding.tokens", "head.output"
 _ENDINGS = (f".{CHILD}.down", f".{CHILD}.up", f".{CHILD}.magnitude", ".prefix.key", ".prefix.value")
 
 
@@ -100,6 +102,38 @@ def take_out_adapter(decoder: MegatronLmDecoder) -> None:
             take_out_prefix(attention)
         decoder.__dict__.pop("forward", None)
     decoder.adapter = None
+
+
+@contextmanager
+def adapter_set_aside(decoder: MegatronLmDecoder) -> Iterator[None]:
+    """The decoder as it is without the adapter in it, for the time being; the very same comes back."""
+    if decoder.adapter is None:
+        yield
+        return
+    config, read = decoder.adapter, decoder.__dict__.pop("forward", None)
+    updates = [(linear, linear.forward, low_rank_of(linear)) for _, linear in adapted_linears(decoder)]
+    prefixes = [(one, one.attention_function, one.get_submodule("prefix")) for _, one in prefixed(decoder)]
+    embedding = decoder.embedding
+    tokens = None if embedding is None else embedding.tokens
+    look_up = None if tokens is None or config.method == "lora" else tokens.forward
+    prompt = None if embedding is None else embedding._modules.get("prompt")
+    take_out_adapter(decoder)
+    try:
+        yield
+    finally:
+        decoder.adapter = config
+        for linear, forward, update in updates:
+            linear.add_module(CHILD, update)
+            linear.forward = forward  # type: ignore[method-assign]
+        for attention, function, prefix in prefixes:
+            attention.add_module("prefix", prefix)
+            attention.attention_function = function
+        if look_up is not None and tokens is not None:
+            tokens.forward = look_up  # type: ignore[method-assign]
+        if prompt is not None and embedding is not None:
+            embedding.add_module("prompt", prompt)
+        if read is not None:
+            decoder.forward = read
 
 
 @torch.no_grad()
