@@ -63,7 +63,7 @@ class Visit:
     def answers(self):
         return self.texts("assistant")
 
-    def reads(self, text):
+    def expect_answer(self, text):
         """Wait until the first answer is exactly this text."""
         from playwright.sync_api import expect
 

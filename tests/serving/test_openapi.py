@@ -57,13 +57,13 @@ def test_no_request_is_a_fault(description, method, path, mode):
 
     @STEPS
     @given(operation.as_strategy(generation_mode=mode))
-    def ask(case):
+    def check(case):
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             case.body["model"] = "tiny"  # else nearly all would end at the unknown model
             case.body = {name: value for name, value in case.body.items() if name not in MUCH_WORK}
         case.call_and_validate(checks=CHECKS, timeout=60)
 
-    ask()
+    check()
 
 
 def test_every_path_is_described(running):

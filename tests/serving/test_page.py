@@ -40,7 +40,7 @@ def visit(browser, server):
 def test_an_answer_streams_in_and_is_counted(visit, server):
     server.answers, server.gate = ["One two three four."], 2
     visit.say("count")
-    visit.reads("One two")
+    visit.expect_answer("One two")
     assert visit.page.get_by_role("button", name="Stop").is_visible()
     visit.page.wait_for_timeout(30)  # what arrives all at once has no rate
     server.gate = None
@@ -66,7 +66,7 @@ def test_the_next_turn_has_the_whole_conversation(visit, server):
 def test_stop_keeps_what_came_and_closes_the_connection(visit, server, how):
     server.answers, server.gate = ["One two three four."], 2
     visit.say("count")
-    visit.reads("One two")
+    visit.expect_answer("One two")
     if how == "button":
         visit.page.get_by_role("button", name="Stop").click()
     else:
@@ -92,7 +92,7 @@ def test_regenerate_makes_a_version_and_the_first_stays(visit, server):
     server.answers = ["first", "second"]
     visit.ask("hello")
     visit.page.get_by_role("button", name="Answer again").click()
-    visit.reads("second")
+    visit.expect_answer("second")
     visit.ended()
     assert server.requests[1]["messages"] == server.requests[0]["messages"]
     assert visit.page.get_by_role("group", name="Version 2 of 2").is_visible()
@@ -111,7 +111,7 @@ def test_edit_begins_a_branch_and_the_old_one_stays(visit, server):
     assert box.input_value() == "first"
     box.fill("other")
     box.press("Enter")
-    visit.reads("to the other")
+    visit.expect_answer("to the other")
     visit.ended()
     assert visit.texts("user") == ["other"]
     assert server.requests[1]["messages"] == [{"role": "user", "content": "other"}]
@@ -253,7 +253,9 @@ def test_a_foreign_file_is_refused_kindly(visit, text, tmp_path):
     path = tmp_path / "foreign.json"
     path.write_text(text)
     visit.page.set_input_files("#import-file", path)
-    visit.page.get_by_text("This file holds no conversations of this page.").wait_for()
+    said = visit.page.get_by_text("This file holds no conversations of this page.")
+    said.wait_for()
+    assert said.is_visible()
 
 
 def test_a_file_whose_messages_run_in_a_circle_is_made_sound(visit, tmp_path):
@@ -270,7 +272,7 @@ def test_a_file_whose_messages_run_in_a_circle_is_made_sound(visit, tmp_path):
 def test_the_newer_of_two_answers_may_stream_while_another_conversation_is_read(visit, server):
     server.answers, server.gate = ["One two three four."], 2
     visit.say("slow")
-    visit.reads("One two")
+    visit.expect_answer("One two")
     visit.page.get_by_role("button", name="New conversation").click()
     assert visit.page.get_by_role("button", name="Send").is_visible()
     server.gate = None
@@ -328,7 +330,7 @@ def test_a_failure_is_said_kindly_and_can_be_tried_again(visit, server, name):
     assert visit.answers() == []
     assert visit.texts("user") == ["hello"]
     notice.get_by_role("button", name="Try again").click()
-    visit.reads("Hello there.")
+    visit.expect_answer("Hello there.")
     visit.ended()
     assert visit.page.locator(".notice").count() == 0
     assert len(server.requests) == 2
@@ -338,7 +340,7 @@ def test_retry_after_is_counted_down_and_tried_again(visit, server):
     server.failures = [failure(429, headers={"Retry-After": "1"})]
     visit.say("hello")
     visit.page.get_by_text("Trying again in 1 s").wait_for()
-    visit.reads("Hello there.")
+    visit.expect_answer("Hello there.")
 
 
 def test_a_visitor_need_not_wait(visit, server):
@@ -351,14 +353,14 @@ def test_a_visitor_need_not_wait(visit, server):
 def test_a_stream_that_breaks_keeps_what_came(visit, server):
     server.answers, server.gate, server.breaks_after = ["One two three four."], 2, 2
     visit.say("count")
-    visit.reads("One two")
+    visit.expect_answer("One two")
     server.gate = None
     visit.page.get_by_role("alert").get_by_text("broke off midway").wait_for()
     assert visit.answers() == ["One two"]
     assert "Cut off" in visit.page.locator(".stats").inner_text()
     server.breaks_after = None
     visit.page.get_by_role("button", name="Try again").click()
-    visit.reads("One two three four.")
+    visit.expect_answer("One two three four.")
     assert visit.page.get_by_role("group", name="Version 2 of 2").is_visible()
 
 
@@ -368,4 +370,4 @@ def test_a_network_that_is_gone_is_said(visit, server):
     visit.page.get_by_role("alert").get_by_text("cannot be reached").wait_for()
     visit.context.set_offline(False)
     visit.page.get_by_role("button", name="Try again").click()
-    visit.reads("Hello there.")
+    visit.expect_answer("Hello there.")

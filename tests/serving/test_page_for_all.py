@@ -146,7 +146,7 @@ def test_everything_is_reached_and_done_by_keyboard(open_page, server):
     visit.page.keyboard.type("hello")
     press("Enter")
     visit.ended()
-    visit.reads("Hello there.")
+    visit.expect_answer("Hello there.")
     visit.page.locator("body").evaluate("() => document.activeElement.blur()")
     seen = []
     for _ in range(40):  # all the way round
