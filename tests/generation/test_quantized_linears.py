@@ -1,4 +1,4 @@
-"""Products of integers in the fast runner: the same as the quantized layers' own, whatever the batch."""
+"""Products with codes in the fast runner: the same as the quantized layers' own, whatever the batch."""
 
 from __future__ import annotations
 
@@ -10,38 +10,53 @@ from mtnlg import MegatronLmModel, MegatronModelConfig
 from mtnlg.config.quantize import QuantizeConfig
 from mtnlg.generation import native, quantized_linears
 from mtnlg.generation.fast_runner import FastRunner
-from mtnlg.generation.integer_kernel import KERNEL
+from mtnlg.generation.integer_kernel import FLOAT_KERNEL, KERNEL
 from mtnlg.generation.prepared import can_prepare
-from mtnlg.generation.quantized_linears import IntegerLinear, RoundedLinear, make_quantized_linear
+from mtnlg.generation.quantized_linears import (
+    CodesLinear,
+    RoundedLinear,
+    have_kernel_for,
+    make_quantized_linear,
+)
 from mtnlg.generation.runner import PlainRunner, Row
 from mtnlg.model.mlp import ACTIVATION_FUNCTIONS
 from mtnlg.quantization import QuantizedLinear
+from mtnlg.quantization.linear import rounded_activations
 
-needs_kernel = pytest.mark.skipif(KERNEL.load() is None, reason="no C++ compiler, or no AVX-512 VNNI")
+needs_kernels = pytest.mark.skipif(
+    KERNEL.load() is None or FLOAT_KERNEL.load() is None, reason="no C++ compiler, or no AVX-512 with VNNI"
+)
 KINDS = [
-    QuantizeConfig("int8", 0, True, "int8"),
-    QuantizeConfig("int8", 32, True, "int8"),
-    QuantizeConfig("int8", 0, False, "int8"),
-    QuantizeConfig("int4", 32, True, "int8"),
-    QuantizeConfig("int4", 16, False, "int8"),
-    QuantizeConfig("int4", 0, False, "int8"),
+    QuantizeConfig(weights, group, is_symmetric, activations)
+    for activations in ("int8", "float")
+    for weights, group, is_symmetric in [
+        ("int8", 0, True),
+        ("int8", 32, True),
+        ("int8", 0, False),
+        ("int4", 32, True),
+        ("int4", 64, True),
+        ("int4", 128, False),
+        ("int4", 16, False),
+        ("int4", 0, False),
+    ]
 ]
+INT8, INT4 = KINDS[0], KINDS[3]  # with rounded activations
 
 
-def layers(config, sizes=(40, 7), inputs=72, bias=True):
+def layers(config, sizes=(40, 7), inputs=72, bias=True, dtype=torch.float32):
     torch.manual_seed(5)
-    return [QuantizedLinear.of(nn.Linear(inputs, size, bias=bias), config) for size in sizes]
+    return [QuantizedLinear.of(nn.Linear(inputs, size, bias=bias, dtype=dtype), config) for size in sizes]
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("config", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_computes_what_the_layers_do(config, dtype):
-    modules = layers(config)
+def test_the_kernels_compute_what_the_layers_do(config, dtype):
+    modules = layers(config, inputs=200)
     product = make_quantized_linear(modules, dtype, ACTIVATION_FUNCTIONS)
-    assert isinstance(product, IntegerLinear)
-    for count in (1, 2, 3, 4, 5, 11):
-        rows = torch.randn(count, 72).to(dtype)
+    assert isinstance(product, CodesLinear)
+    for count in (1, 2, 3, 4, 5, 8, 17):
+        rows = torch.randn(count, 200).to(dtype)
         other = torch.randn(count, 47).to(dtype)
         expected = torch.cat([module(rows.float()) for module in modules], dim=1)
         near = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.01, rtol=0.01)
@@ -52,46 +67,68 @@ def test_the_kernel_computes_what_the_layers_do(config, dtype):
         torch.testing.assert_close(product(rows, times=other).float(), expected * other.float(), **near)
 
 
-@needs_kernel
-@pytest.mark.parametrize("inputs", [8, 20, 64, 200])
-def test_any_number_of_inputs(inputs):
-    for config in KINDS[:1] + KINDS[3:4]:
-        (module,) = layers(config, (33,), inputs, bias=False)
-        product = make_quantized_linear([module], torch.float32, ACTIVATION_FUNCTIONS)
-        rows = torch.randn(3, inputs)
-        torch.testing.assert_close(product(rows), module(rows), atol=1e-5, rtol=1e-5)
+@needs_kernels
+@pytest.mark.parametrize("config", KINDS, ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(33, 8), (1, 20), (64, 64), (70, 200)])
+def test_products_are_those_of_float64(config, outputs, inputs):
+    (module,) = layers(config, (outputs,), inputs, bias=False)
+    weight = module.dequantize().double()
+    for dtype, last_bit in ((torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8)):
+        product = make_quantized_linear([module], dtype, ACTIVATION_FUNCTIONS)
+        rows = torch.randn(17, inputs).to(dtype)
+        said = rounded_activations(rows.float()) if config.activations == "int8" else rows
+        exact, size = said.double() @ weight.T, said.double().abs() @ weight.abs().T
+        for count in (1, 2, 7, 8, 9, 16, 17):
+            error = (product(rows[:count]).double() - exact[:count]).abs()
+            # Sums are kept in float32; the result is rounded once.
+            assert (error <= exact[:count].abs() * last_bit + size[:count] * 1e-6).all()
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("config", KINDS, ids=str)
 def test_a_row_does_not_depend_on_those_beside_it(config):
     product = make_quantized_linear(layers(config), torch.float32, ACTIVATION_FUNCTIONS)
-    rows = torch.randn(9, 72) * torch.logspace(-3, 3, 9)[:, None]
+    rows = torch.randn(17, 72) * torch.logspace(-3, 3, 17)[:, None]
     together = product(rows)
-    assert all(torch.equal(product(rows[place : place + 1])[0], together[place]) for place in range(9))
+    assert all(torch.equal(product(rows[place : place + 1])[0], together[place]) for place in range(17))
 
 
-@needs_kernel
+@needs_kernels
 def test_weights_take_their_bits_of_memory():
-    (module,) = layers(KINDS[3], (64,), 128)
-    product = make_quantized_linear([module], torch.float32, ACTIVATION_FUNCTIONS)
-    assert product.num_bytes == 64 * 128 // 2 + 64 * 4 * 2  # codes, scales in bf16
+    for activations in ("int8", "float"):
+        (module,) = layers(QuantizeConfig("int4", activations=activations), (64,), 128)
+        product = make_quantized_linear([module], torch.float32, ACTIVATION_FUNCTIONS)
+        assert product.num_bytes == 64 * 128 // 2 + 64 * 4 * 2  # codes, scales in bf16
 
 
-def lost_kernel(monkeypatch):
-    """The kernel on a machine that cannot have it."""
+@needs_kernels
+def test_what_no_kernel_is_made_for():
+    uneven = layers(QuantizeConfig("int4", 20))  # whose groups do not begin where vectors do
+    for modules in (uneven, layers(QuantizeConfig("float8"))):
+        assert not have_kernel_for(nn.ModuleList(modules))
+        assert not isinstance(
+            make_quantized_linear(modules, torch.float32, ACTIVATION_FUNCTIONS), CodesLinear
+        )
+    both = nn.ModuleList(layers(INT8) + layers(KINDS[-1]))
+    assert have_kernel_for(both) and not have_kernel_for(nn.ModuleList([*both, nn.Linear(2, 2)]))
+
+
+def lost_kernel(monkeypatch, kernel=KERNEL):
+    """A kernel on a machine that cannot have it."""
     monkeypatch.setattr(native, "processor", lambda: "another")
-    lost = native.NativeKernel(KERNEL.file, KERNEL.function, KERNEL.arguments, KERNEL.needed)
+    lost = native.NativeKernel(kernel.file, kernel.function, kernel.arguments, kernel.needed)
     assert lost.load() is None
     return lost
 
 
-def test_without_the_kernel_the_matrix_is_made_floating_point_again(monkeypatch):
-    monkeypatch.setattr(quantized_linears, "KERNEL", lost_kernel(monkeypatch))
-    for config in (KINDS[3], QuantizeConfig("int4"), QuantizeConfig("float8")):
+def test_without_the_kernels_the_matrix_is_made_floating_point_again(monkeypatch):
+    for name, kernel in (("KERNEL", KERNEL), ("FLOAT_KERNEL", FLOAT_KERNEL)):
+        monkeypatch.setattr(quantized_linears, name, lost_kernel(monkeypatch, kernel))
+    for config in (INT4, QuantizeConfig("int4"), QuantizeConfig("float8")):
         modules = layers(config)
         product = make_quantized_linear(modules, torch.float32, ACTIVATION_FUNCTIONS)
         assert isinstance(product, RoundedLinear) == (config.activations == "int8")
+        assert not isinstance(product, CodesLinear)
         rows = torch.randn(5, 72)
         expected = torch.cat([module(rows) for module in modules], dim=1)
         torch.testing.assert_close(product(rows), expected, atol=1e-5, rtol=1e-5)
@@ -132,8 +169,7 @@ def test_the_fast_runner_says_what_the_plain_one_says(family, quantize):
     )  # fmt: skip
     model = MegatronLmModel(config).eval()
     assert can_prepare(model)
-    KERNEL.load()
-    fast, plain = FastRunner(model, 8), PlainRunner(model, 8)
+    fast, plain = FastRunner(model, 8, compile="on"), PlainRunner(model, 8)
     steps = [
         [Row([3, 9, 4, 1, 7], 0, [0], 5), Row([5, 2], 0, [1], 1)],
         [Row([8], 5, [0]), Row([6], 2, [1])],

@@ -1,9 +1,9 @@
-"""The product of rows and integer codes (``kernels/integer_product.cpp``).
+"""Products of rows and codes (``kernels/integer_product.cpp``, ``kernels/float_product.cpp``).
 
 torch's own kernels for few bits read weights at a third to a half of what memory gives, keep one scale for
-a whole tensor of activations, or know no groups: docs/quantization.md has the measurements. This one needs
-a processor with AVX-512 VNNI; without it the layers compute the same over weights that were made floating
-point again.
+a whole tensor of activations, or know no groups: docs/quantization.md has the measurements. These need a
+processor with AVX-512, and VNNI for integers; without it the layers compute the same over weights that
+were made floating point again.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import ctypes
 from mtnlg.generation.native import NativeKernel
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
-KERNEL = NativeKernel(
-    "integer_product.cpp",
-    "mtnlg_integer_product",
-    [*[_POINTER] * 3, _INTEGER, *[_POINTER] * 4, *[_INTEGER] * 6],
-    ["avx512_vnni"],
+_ARGUMENTS = [*[_POINTER] * 3, _INTEGER, *[_POINTER] * 4, *[_INTEGER] * 6]
+KERNEL = NativeKernel("integer_product.cpp", "mtnlg_integer_product", _ARGUMENTS, ["avx512_vnni"])
+FLOAT_KERNEL = NativeKernel(
+    "float_product.cpp", "mtnlg_float_product", _ARGUMENTS, ["avx512f", "avx512bw", "avx512vl"]
 )

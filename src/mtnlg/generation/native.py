@@ -84,7 +84,7 @@ class NativeKernel:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
             raise OSError("there is no C++ compiler (g++ or clang++)")
-        source = (FOLDER / self.file).read_bytes()
+        source = b"".join(path.read_bytes() for path in [FOLDER / self.file, *sorted(FOLDER.glob("*.h"))])
         made_by = f"{features}{compiler}{FLAGS}{platform.libc_ver()}"
         key = hashlib.sha256(source + made_by.encode()).hexdigest()
         target = cache_folder() / f"{Path(self.file).stem}-{key[:16]}.so"

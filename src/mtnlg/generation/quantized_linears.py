@@ -1,9 +1,9 @@
 """Matrix products of quantized layers in generation.
 
-Layers whose activations are rounded too (``activations: int8``) are products of integers and have a kernel
-for them (:mod:`~mtnlg.generation.integer_kernel`), which reads the codes as they are: half or a quarter of
-what bf16 reads. All others, and where that kernel cannot be had, compute over the matrix that the codes
-stand for, laid out like any other.
+Kernels (:mod:`~mtnlg.generation.integer_kernel`) read the codes as they are, half or a quarter of what bf16
+reads: for layers whose activations are rounded too (``activations: int8``) a product of integers, for all
+others one of floating point. Where a kernel cannot be had, and for float8, products run over the matrix
+that the codes stand for, laid out like any other.
 """
 
 from __future__ import annotations
@@ -16,38 +16,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtnlg.generation.huge_pages import use_huge_pages
-from mtnlg.generation.integer_kernel import KERNEL
+from mtnlg.generation.integer_kernel import FLOAT_KERNEL, KERNEL
 from mtnlg.generation.linears import Linear, make_linear
+from mtnlg.generation.native import NativeKernel
 from mtnlg.quantization import QuantizedLinear
 from mtnlg.quantization.linear import rounded_activations
 from mtnlg.quantization.numbers import Codes
 
 TILE = 32  # outputs
 INPUTS_OF_A_VECTOR = 8  # two times four
+ROW_TYPES = (torch.float32, torch.bfloat16)
 IS_INT4, HAS_BF16_SCALES, IS_BF16, IS_SUM = 1, 2, 4, 8  # what the kernel is told
 
 Activations = dict[str, Callable[[Tensor], Tensor]]
 
 
-def is_for_kernel(module: object) -> bool:
-    """Whether the layer is a product of integers."""
-    if not isinstance(module, QuantizedLinear) or module.config.activations != "int8":
-        return False
+def kernel_of(module: object) -> NativeKernel | None:
+    """The kernel that is made for such a layer; ``None`` where there is none."""
+    if not isinstance(module, QuantizedLinear) or module.config.weights not in ("int8", "int4"):
+        return None
     is_cut_evenly = module.num_groups == 1 or module.group_length % INPUTS_OF_A_VECTOR == 0
-    is_here = module.codes.device.type == "cpu"
-    return module.config.weights in ("int8", "int4") and is_cut_evenly and is_here
+    if not is_cut_evenly or module.codes.device.type != "cpu":
+        return None
+    return KERNEL if module.config.activations == "int8" else FLOAT_KERNEL
 
 
 def have_kernel_for(model: nn.Module) -> bool:
-    """Load the kernel if the model has layers for it; whether all its matrices go through it."""
+    """Load the kernels that the model has layers for; whether all its matrices go through them."""
     linears = [module for module in model.modules() if isinstance(module, (nn.Linear, QuantizedLinear))]
-    if not any(is_for_kernel(linear) for linear in linears) or KERNEL.load() is None:
-        return False
-    return all(is_for_kernel(linear) for linear in linears)
+    kernels = [kernel_of(linear) for linear in linears]
+    loaded = [kernel is not None and kernel.load() is not None for kernel in kernels]
+    return bool(loaded) and all(loaded)
 
 
-class IntegerLinear:
-    """A linear layer over codes, as the kernel reads them (:class:`~mtnlg.generation.linears.Linear`).
+class CodesLinear:
+    """A linear layer over codes, as the kernels read them (:class:`~mtnlg.generation.linears.Linear`).
 
     Args:
         codes: [out, in] and what belongs to them, of one layer or several side by side.
@@ -55,7 +58,7 @@ class IntegerLinear:
         is_int4: whether codes have four bits.
         bias: [out].
         activations: functions by name.
-        kernel: as :data:`~mtnlg.generation.integer_kernel.KERNEL` loads it.
+        kernel: as one of :mod:`~mtnlg.generation.integer_kernel` is loaded.
     """
 
     def __init__(
@@ -154,13 +157,14 @@ def make_quantized_linear(
         for_few_rows: see :func:`~mtnlg.generation.linears.make_linear`.
     """
     biases = [None if module.bias is None else module.bias.detach() for module in modules]
-    kernel = KERNEL.loaded
-    if kernel is not None and all(is_for_kernel(module) for module in modules):
+    kernel = kernel_of(modules[0])
+    is_alike = all(kernel_of(module) is kernel for module in modules)
+    if kernel is not None and kernel.loaded is not None and is_alike and dtype in ROW_TYPES:
         given = [bias for bias in biases if bias is not None]
         is_int4 = modules[0].config.weights == "int4"
         bias = torch.cat(given) if given else None
         length, codes = modules[0].group_length, _side_by_side(modules)
-        return IntegerLinear(codes, length, is_int4, bias, activations, kernel)
+        return CodesLinear(codes, length, is_int4, bias, activations, kernel.loaded)
     weights = [module.dequantize().to(dtype) for module in modules]
     inner = make_linear(weights, biases, dtype, activations, for_few_rows)
     return RoundedLinear(inner) if modules[0].config.activations == "int8" else inner
