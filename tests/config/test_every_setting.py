@@ -80,6 +80,7 @@ PROVED_BY = {
     "preset": "config/test_load.py::test_preset_expands_and_written_fields_win",
     "tokenizer.path": f"{PREPARE}::test_token_files_need_their_tokenizer",
     "tokenizer.vocab_size": "config/test_load.py::test_an_open_vocab_size_is_the_tokenizers",
+    "tokenizer.han_characters": f"{PREPARE}::test_tokens_of_a_prepared_run_hold_so_many_han_characters",
     "tokenizer.sets_vocab_size": "config/test_load.py::test_an_open_vocab_size_is_the_tokenizers",
     "data.blend": f"{STREAM}::test_corpora_take_turns_by_weight",
     "data.sources": f"{PREPARE}::test_changed_source_is_encoded_anew_until_the_run_has_begun",

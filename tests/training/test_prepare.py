@@ -66,6 +66,18 @@ def test_prepare_makes_tokenizer_token_files_and_config(config):
     assert load_run_config(run_dir / "config.yaml") == prepared
 
 
+def test_tokens_of_a_prepared_run_hold_so_many_han_characters(config):
+    """And another number of them is another tokenizer, though the sources are the same."""
+    for most in (2, 1, 2):
+        learned = replace(config.tokenizer, vocab_size=420, han_characters=most)
+        prepare(replace(config, tokenizer=learned))
+        tokenizer = Tokenizer.from_pretrained(Path(config.run_dir) / "tokenizer")
+        texts = (tokenizer.decode([number]) for number in range(tokenizer.vocab_size))
+        assert max(sum("\u4e00" <= letter <= "\u9fff" for letter in text) for text in texts) == most
+    with pytest.raises(ConfigError, match="han_characters is 0"):
+        TokenizerConfig(han_characters=0)
+
+
 def test_prepare_does_nothing_twice(config):
     prepared = prepare(config)
     before = times(config.run_dir)

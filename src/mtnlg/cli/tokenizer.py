@@ -19,6 +19,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     parser.add_argument("--min-frequency", type=int, default=2, help="a pair must occur so often")
     parser.add_argument(
+        "--han-characters", type=int, default=2, help="most Han characters of a token; 1 suits verse"
+    )
+    parser.add_argument(
         "--sample-mb", type=float, default=100.0, help="train on an even sample of so many MB at most"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the tokenizer that is there")
@@ -78,6 +81,7 @@ def run(arguments: Namespace) -> int:
             int(arguments.sample_mb * 1e6),
             progress=_quiet if on_terminal else progress,
             show_progress=on_terminal,  # the library's own bars also cover the merging
+            han_characters=arguments.han_characters,
         )
     tokenizer.save_pretrained(arguments.out)
     if tokenizer.vocab_size < arguments.vocab_size:

@@ -18,20 +18,28 @@ class TokenizerConfig:
     Args:
         path: a Hugging Face tokenizer folder; ``None`` trains one from ``data.sources``.
         vocab_size: size to train, special tokens included.
+        han_characters: the most Han characters of a token that is trained. With 1 each is a token of
+            its own, which suits verse, where characters are counted.
         sets_vocab_size: once the tokenizer is there, ``model.vocab_size`` becomes its size; set for
             recipes that leave ``model.vocab_size`` out.
     """
 
     path: str | None = None
     vocab_size: int = 8192
+    han_characters: int = 2
     sets_vocab_size: bool = False
 
     def __post_init__(self) -> None:
+        problems = []
         if self.vocab_size < 300:
-            raise ConfigError(
+            problems.append(
                 f"tokenizer.vocab_size is {self.vocab_size}: at least 300 are needed "
                 "(256 bytes and the special tokens)."
             )
+        if self.han_characters < 1:
+            problems.append(f"tokenizer.han_characters is {self.han_characters}: it must be at least 1.")
+        if problems:
+            raise ConfigError(problems)
 
 
 @dataclass
@@ -127,7 +135,7 @@ class DataConfig:
         if not has_encoder:
             return 0
         if self.objective.is_causal:  # of conversations, as long as what is read at most
-            return self.sequence_length
+            return self.objective.target_length or self.sequence_length
         return self.objective.longest_target(self.sequence_length)
 
     def split_shares(self) -> tuple[float, float, float]:

@@ -54,6 +54,8 @@ class Tokenizer:
         DataError: the ``tokenizers`` library refuses the definition.
     """
 
+    ends_texts = False  # whether ``encode`` puts the end of the text after it
+
     def __init__(
         self, definition: str, settings: dict[str, Any] | None = None, where: str = "the tokenizer"
     ) -> None:
@@ -74,6 +76,7 @@ class Tokenizer:
         min_frequency: int = 2,
         show_progress: bool = False,
         more_special_tokens: Sequence[str] = (),
+        han_characters: int = 2,
     ) -> Tokenizer:
         """Learn the merges from ``texts``; the same texts give the same tokenizer.
 
@@ -84,9 +87,11 @@ class Tokenizer:
             min_frequency: a pair must occur this often to be merged.
             show_progress: let the library draw its bars on a terminal.
             more_special_tokens: names reserved after the usual ones (sentinels, modes).
+            han_characters: the most Han characters of a token; 1 makes each a token of its own.
 
         Raises:
-            ConfigError: ``vocab_size`` has no room for the bytes and the special tokens.
+            ConfigError: ``vocab_size`` has no room for the bytes and the special tokens, or
+                ``han_characters`` is not positive.
             DataError: there is no text at all.
         """
         from mtnlg.tokens.training import learn_definition
@@ -97,7 +102,12 @@ class Tokenizer:
                 f"vocab_size is {vocab_size}: at least {256 + len(names)} are needed "
                 f"(256 bytes and {len(names)} special tokens)."
             )
-        return cls(learn_definition(texts, vocab_size, names, min_frequency, show_progress))
+        if han_characters < 1:
+            raise ConfigError(f"han_characters is {han_characters}: it must be at least 1.")
+        definition = learn_definition(
+            texts, vocab_size, names, min_frequency, show_progress, han_characters=han_characters
+        )
+        return cls(definition)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:

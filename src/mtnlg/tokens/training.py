@@ -50,17 +50,20 @@ def train_on_files(
     sample_bytes: int = SAMPLE_BYTES,
     progress: Progress = no_progress,
     show_progress: bool = False,
+    han_characters: int = HAN_RUN_LEARNING,
 ) -> tuple[Tokenizer, TokenizerReport]:
     """Train a tokenizer on files, on an even sample where there is more text than needed.
 
     Args:
         sources: files, folders and patterns, see ``read_documents``.
-        vocab_size: as in ``Tokenizer.train``, like ``min_frequency`` and ``show_progress``.
+        vocab_size: as in ``Tokenizer.train``, like ``min_frequency``, ``show_progress`` and
+            ``han_characters``.
         reading: how documents are taken out of the files.
         min_frequency: how often a pair must occur.
         sample_bytes: the most text, in bytes on disk, to train on; it bounds the memory.
         progress: told the bytes read.
         show_progress: let the library draw its bars.
+        han_characters: the most Han characters of a token.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -69,7 +72,7 @@ def train_on_files(
     if sample_bytes < 1:
         raise ConfigError(f"sample_bytes is {sample_bytes}: it must be at least 1.")
     texts = _Sample(sources, reading or ReadOptions(), sample_bytes, progress)
-    tokenizer = Tokenizer.train(texts, vocab_size, min_frequency, show_progress)
+    tokenizer = Tokenizer.train(texts, vocab_size, min_frequency, show_progress, (), han_characters)
     measured = texts.held_out or texts.first
     characters, tokens = sum(map(len, measured)), 0
     for text in measured:
@@ -132,6 +135,7 @@ def learn_definition(
     min_frequency: int = 2,
     show_progress: bool = False,
     pattern: str | None = None,
+    han_characters: int = HAN_RUN_LEARNING,
 ) -> str:
     """The content of a ``tokenizer.json`` learned from ``texts`` (arguments as in ``Tokenizer.train``).
 
@@ -142,6 +146,7 @@ def learn_definition(
         min_frequency: how often a pair must occur.
         show_progress: draw the library's bars.
         pattern: another split pattern, used for learning and encoding alike; for comparisons.
+        han_characters: the most Han characters of a token.
 
     Raises:
         DataError: there is no text.
@@ -149,7 +154,7 @@ def learn_definition(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = _pre_tokenizer(pattern or split_pattern(HAN_RUN_LEARNING))
+    core.pre_tokenizer = _pre_tokenizer(pattern or split_pattern(han_characters))
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

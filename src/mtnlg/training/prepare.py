@@ -21,6 +21,7 @@ from mtnlg.config import (
     DataError,
     RunConfig,
     SourceEntry,
+    TokenizerConfig,
 )
 from mtnlg.config.load import save_run_config
 from mtnlg.config.progress import Progress, no_progress
@@ -153,12 +154,18 @@ def _tokenizer(config: RunConfig, run_dir: Path, notes: Notes, progress: Progres
             return Tokenizer.from_pretrained(folder)
         raise ConfigError("data.blend needs tokenizer.path: the tokenizer its files were made with.")
     names = tokens_to_learn(config)
-    origin = origin_of(
-        [str(config.tokenizer.vocab_size), *names, *map(_source_origin, config.data.sources)]
-    )
+    learned = [str(config.tokenizer.vocab_size)]
+    if config.tokenizer.han_characters != TokenizerConfig.han_characters:
+        learned.append(f"han {config.tokenizer.han_characters}")  # runs from before it stay prepared
+    origin = origin_of([*learned, *names, *map(_source_origin, config.data.sources)])
     if not notes.is_done("tokenizer", origin, folder / "tokenizer.json"):
         texts = _training_texts(config.data, progress)
-        tokenizer = Tokenizer.train(texts, config.tokenizer.vocab_size, more_special_tokens=names)
+        tokenizer = Tokenizer.train(
+            texts,
+            config.tokenizer.vocab_size,
+            more_special_tokens=names,
+            han_characters=config.tokenizer.han_characters,
+        )
         tokenizer.save_pretrained(folder)
         notes.set_done("tokenizer", origin)
     return Tokenizer.from_pretrained(folder)
