@@ -230,8 +230,17 @@ def _in_pieces(runner: FastRunner, prompts: list[list[int]]) -> list[Tensor]:
     return found[::-1]
 
 
+def without_our_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtnlg.generation.attention_kernel.native_attention", lambda shape: None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_attention_is_the_plain_one(make_model: MakeModel, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kernel", ["our own", "torch.compile's"])
+def test_compiled_attention_is_the_plain_one(
+    make_model: MakeModel, kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel != "our own":
+        without_our_kernel(monkeypatch)
     model = make_model(hidden_size=64, head_dim=16)
     prompts = make_prompts([1, 19, 33, 16, 7])
     runners = [FastRunner(model, 15, dtype=dtype, compile=mode) for mode in ("off", "on")]
@@ -278,6 +287,7 @@ def test_without_a_compiler_the_plain_form_answers(
     def missing(*_: object) -> None:
         raise RuntimeError("no C++ compiler")
 
+    without_our_kernel(monkeypatch)
     monkeypatch.setattr("mtnlg.generation.attention_kernel.compiled_kernel", missing)
     model, prompts = make_model(), make_prompts([9, 3])
     fast = FastRunner(model, 6, deterministic=True, compile="auto")
@@ -290,6 +300,9 @@ def test_without_a_compiler_the_plain_form_answers(
 def test_without_a_compiler_on_is_the_users_error(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    import torch._inductor.config
+
+    without_our_kernel(monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     # numbers of its own, so that no other test has compiled this shape
     model = make_model(hidden_size=12, num_attention_heads=3, num_hidden_layers=1)
@@ -301,6 +314,10 @@ def test_without_a_compiler_on_is_the_users_error(
 def test_compiling_in_the_background_begins_with_work_and_changes_nothing(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    without_our_kernel(monkeypatch)
+    fast = FastRunner(make_model(hidden_size=64, head_dim=16), 6, compile="auto")
+    assert fast.kernel._calls_left < 0  # a CPU's cores are the steps' own
+    monkeypatch.setattr("mtnlg.generation.attention_kernel.NEVER_BESIDE_STEPS", ())
     monkeypatch.setattr("mtnlg.generation.attention_kernel.CALLS_BEFORE_COMPILING", 7)
     monkeypatch.setattr(AttentionKernel, "compile_in_background", lambda kernel: begun.append(kernel))
     begun: list[AttentionKernel] = []

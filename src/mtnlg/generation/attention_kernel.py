@@ -1,4 +1,5 @@
-"""Which form of paged attention runs: compiled, as soon as the compiler is done, or plain until then."""
+"""Which form of paged attention runs: on a CPU a kernel of our own, elsewhere what ``torch.compile`` makes,
+or the plain form where there is neither."""
 
 from __future__ import annotations
 
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from mtnlg.config.errors import ConfigError
 from mtnlg.generation.compiling import compiled
+from mtnlg.generation.native_attention import native_attention
 from mtnlg.generation.paged_attention import PagePool, attend_pages, attend_step
 
 Kernel = Callable[..., Tensor]
 CALLS_BEFORE_COMPILING = 1000  # of one layer in one step
+# Where a compiler beside running steps would take the cores that they need, for many seconds.
+NEVER_BESIDE_STEPS = ("cpu",)
 logger = logging.getLogger(__name__)
 
 
@@ -47,12 +51,15 @@ class AttentionKernel:
 
     Args:
         shape: of the model.
-        mode: ``off`` never compiles, ``on`` compiles before the first step, ``auto`` in the background,
-            once there has been some work: a short program should not wait for a compiler at its end.
+        mode: ``off`` is the plain form. ``on`` and ``auto`` take our own kernel, which is there from the
+            first step. Where there is none, ``on`` compiles before the first step, and ``auto`` on a GPU
+            in the background, once there has been some work: a short program should not wait for a
+            compiler at its end.
         is_invariant: a token's numbers may never depend on other tokens, nor change when the compiler
-            is done: ``auto`` then compiles before the first step too.
+            is done: ``auto`` then compiles before the first step too, on a GPU.
+
     Attributes:
-        step: :func:`attend_step`, as soon as it is compiled.
+        step: :func:`attend_step`, as soon as there is a kernel for it.
 
     Raises:
         ConfigError: ``mode`` is ``on`` and there is no compiler that works.
@@ -67,13 +74,24 @@ class AttentionKernel:
         self.shape, self.is_invariant = shape, is_invariant
         self._kernel: Kernel | None = None
         self.step: Kernel | None = None
-        self._calls_left = CALLS_BEFORE_COMPILING if mode == "auto" and not is_invariant else -1
-        if mode == "on" or (mode == "auto" and is_invariant):
-            self._compile(is_wanted=mode == "on")
+        self._calls_left = -1
+        native = None if mode == "off" else native_attention(shape)
+        if native is not None:
+            self._kernel, self.step = native.attend, native.step
+        elif mode == "on":
+            self._compile(is_wanted=True)
+        elif mode == "auto" and shape.device not in NEVER_BESIDE_STEPS:
+            self._compile_in_time()
+
+    def _compile_in_time(self) -> None:
+        if self.is_invariant:
+            self._compile()
+        else:
+            self._calls_left = CALLS_BEFORE_COMPILING
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the compiled kernel is in use."""
+        """Whether a compiled kernel is in use."""
         return self._kernel is not None
 
     def __call__(self, query: Tensor, pool: PagePool, pages: Tensor, lengths: Tensor) -> Tensor:

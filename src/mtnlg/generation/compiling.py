@@ -12,10 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import standalone_compile
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 Kernel = Callable[..., Tensor]
 _OPTIONS = {"assert_indirect_indexing": False}  # page numbers come from our own books
@@ -37,6 +33,12 @@ def compiled(
     Raises:
         Exception: whatever the compiler finds missing, first of all a C++ compiler.
     """
+    # Here, and not above: the compiler is as large as the rest of torch, and seldom needed.
+    from torch._inductor import standalone_compile
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with torch.inference_mode(False), torch.no_grad():
         shapes: list[Any] = [
@@ -45,11 +47,11 @@ def compiled(
         ]
         with mode:
             graph = make_fx(function, _allow_non_fake_inputs=True)(*shapes)
-        return standalone_compile(
-            graph, shapes, options={"config_patches": {"assert_indirect_indexing": False}}
-        )
+        return standalone_compile(graph, shapes, options={"config_patches": _OPTIONS})
 
 
-def _symbols(example: Tensor, axes: Collection[int]) -> StatelessSymbolicContext:
+def _symbols(example: Tensor, axes: Collection[int]) -> Any:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
     sizes = [DimDynamic.DYNAMIC if axis in axes else DimDynamic.STATIC for axis in range(example.dim())]
     return StatelessSymbolicContext(dynamic_sizes=sizes)

@@ -1,0 +1,241 @@
+// Attention of single tokens over keys and values in pages of 16 tokens, read where they lie.
+//
+// Keys of a page lie [head_dim][16 tokens]: a vector holds 16 keys, and sums over dimensions stay inside its
+// lanes. Values lie [head_dim / block][16 tokens][block]. Everything is summed in float32, over a token's own
+// keys in their order: its numbers depend neither on other tokens nor on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kPage = 16;  // tokens
+constexpr int kChains = 4;     // sums that do not wait for each other
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+struct Float32 {
+  typedef float Value;
+  static inline Floats load(const float* place) {
+    Floats found;
+    std::memcpy(&found, place, 64);
+    return found;
+  }
+  static inline float get(float value) { return value; }
+  static inline float put(float value) { return value; }
+};
+
+struct Bf16 {
+  typedef uint16_t Value;
+  static inline Floats load(const uint16_t* place) {
+    Halves halves;
+    std::memcpy(&halves, place, 32);
+    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+  }
+  static inline float get(uint16_t value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float found;
+    std::memcpy(&found, &bits, 4);
+    return found;
+  }
+  static inline uint16_t put(float value) {  // to the nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    bits = value != value ? 0x7fc00000u : bits + 0x7fff + ((bits >> 16) & 1);
+    return uint16_t(bits >> 16);
+  }
+};
+
+// e^x for x <= 0: 2^n by its bits, the rest of the exponent by a polynomial (relative error below 2e-7).
+inline Floats exponential(Floats x) {
+  const Floats least = Floats{} - 87.0f, half = Floats{} - 0.5f;
+  x = x < least ? least : x;
+  const Integers n = __builtin_convertvector(x * 1.44269504f + half, Integers);
+  const Floats whole = __builtin_convertvector(n, Floats);
+  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (Floats)((n + 127) << 23);
+}
+
+inline float sum_of(Floats values) {
+  float total = 0;
+  for (int lane = 0; lane < kPage; ++lane) total += values[lane];
+  return total;
+}
+
+// What the caller says; sizes in elements.
+struct Sizes {
+  int64_t tokens, heads, queries, head_size, block, table, row, threads;
+  int64_t page() const { return heads * head_size * kPage; }
+};
+
+template <typename Number>
+struct Pools {
+  typename Number::Value *keys, *values;
+};
+
+template <typename Number>
+void file_token(const Sizes& s, const Pools<Number>& pools, const typename Number::Value* parts, int64_t head,
+                int64_t page, int64_t place) {
+  const auto* key = parts + (s.heads * s.queries + head) * s.head_size;
+  const auto* value = key + s.heads * s.head_size;
+  const int64_t begin = page * s.page() + head * s.head_size * kPage;
+  for (int64_t d = 0; d < s.head_size; ++d) pools.keys[begin + d * kPage + place] = key[d];
+  for (int64_t d = 0; d < s.head_size; d += s.block) {
+    std::memcpy(pools.values + begin + d * kPage + place * s.block, value + d, s.block * sizeof(*value));
+  }
+}
+
+// Asks for 4 rows of 16 numbers of what is read next.
+template <typename Number>
+inline void ask_for(const typename Number::Value* next) {
+  for (int64_t byte = 0; byte < 4 * kPage * int64_t(sizeof(*next)); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(next) + byte);
+  }
+}
+
+// Scores of one page's 16 keys with one query.
+template <typename Number>
+inline Floats scores_of(const typename Number::Value* keys, const float* query, int64_t head_size,
+                        const typename Number::Value* next) {
+  Floats sums[kChains] = {};
+  int64_t d = 0;
+  for (; d + kChains <= head_size; d += kChains) {
+    ask_for<Number>(next + d * kPage);
+    for (int c = 0; c < kChains; ++c) sums[c] += Number::load(keys + (d + c) * kPage) * query[d + c];
+  }
+  for (; d < head_size; ++d) sums[0] += Number::load(keys + d * kPage) * query[d];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// sums [head_size] += weights [16] times the page's values, 16 dimensions at a time.
+template <typename Number>
+inline void add_values(const typename Number::Value* values, const float* weights, float* sums, const Sizes& s,
+                       const typename Number::Value* next) {
+  if (s.block == kPage) {
+    for (int64_t d = 0; d < s.head_size; d += kPage, values += kPage * kPage, next += kPage * kPage) {
+      Floats chains[kChains] = {Float32::load(sums + d)};
+      for (int64_t t = 0; t < kPage; t += kChains) {
+        ask_for<Number>(next + t * kPage);
+        for (int c = 0; c < kChains; ++c) {
+          chains[c] += Number::load(values + (t + c) * kPage) * weights[t + c];
+        }
+      }
+      const Floats total = (chains[0] + chains[1]) + (chains[2] + chains[3]);
+      std::memcpy(sums + d, &total, 64);
+    }
+    return;
+  }
+  for (int64_t d = 0; d < s.head_size; d += s.block, values += kPage * s.block) {
+    for (int64_t t = 0; t < kPage; ++t) {
+      for (int64_t j = 0; j < s.block; ++j) sums[d + j] += Number::get(values[t * s.block + j]) * weights[t];
+    }
+  }
+}
+
+// Scores become weights that are not yet divided by their total; returns that.
+inline float weigh(float* scores, int64_t length) {
+  const int64_t filled = (length + kPage - 1) / kPage * kPage;
+  for (int64_t k = length; k < filled; ++k) scores[k] = -INFINITY;
+  float highest = scores[0];
+  for (int64_t k = 1; k < length; ++k) highest = scores[k] > highest ? scores[k] : highest;
+  Floats total = {};
+  for (int64_t k = 0; k < filled; k += kPage) {
+    Floats weights = exponential(Float32::load(scores + k) - highest);
+    if (k + kPage > length) {
+      for (int64_t lane = length - k; lane < kPage; ++lane) weights[lane] = 0;
+    }
+    std::memcpy(scores + k, &weights, 64);
+    total += weights;
+  }
+  return sum_of(total);
+}
+
+// All queries of one token that look at one head of keys. ``space`` holds floats.
+template <typename Number>
+void attend_head(const Sizes& s, const Pools<Number>& pools, const typename Number::Value* query,
+                 typename Number::Value* found, int64_t head, const int64_t* pages, int64_t length,
+                 std::vector<float>& space) {
+  const int64_t num_pages = (length + kPage - 1) / kPage, own = head * s.head_size * kPage;
+  space.resize(s.queries * (2 * s.head_size + num_pages * kPage));
+  float *scaled = space.data(), *sums = scaled + s.queries * s.head_size;
+  float* scores = sums + s.queries * s.head_size;
+  const float scale = 1.0f / std::sqrt(float(s.head_size));
+  for (int64_t i = 0; i < s.queries * s.head_size; ++i) scaled[i] = Number::get(query[i]) * scale, sums[i] = 0;
+  for (int64_t p = 0; p < num_pages; ++p) {
+    const auto* keys = pools.keys + pages[p] * s.page() + own;
+    const auto* next = p + 1 < num_pages ? pools.keys + pages[p + 1] * s.page() + own
+                                         : pools.values + pages[0] * s.page() + own;
+    for (int64_t q = 0; q < s.queries; ++q) {
+      const Floats of_page = scores_of<Number>(keys, scaled + q * s.head_size, s.head_size, next);
+      std::memcpy(scores + (q * num_pages + p) * kPage, &of_page, 64);
+    }
+  }
+  float totals[s.queries];
+  for (int64_t q = 0; q < s.queries; ++q) totals[q] = weigh(scores + q * num_pages * kPage, length);
+  for (int64_t p = 0; p < num_pages; ++p) {
+    const auto* values = pools.values + pages[p] * s.page() + own;
+    const auto* next = p + 1 < num_pages ? pools.values + pages[p + 1] * s.page() + own : values;
+    for (int64_t q = 0; q < s.queries; ++q) {
+      add_values<Number>(values, scores + (q * num_pages + p) * kPage, sums + q * s.head_size, s, next);
+    }
+  }
+  for (int64_t i = 0; i < s.queries * s.head_size; ++i) {
+    found[i] = Number::put(sums[i] / totals[i / s.head_size]);
+  }
+}
+
+template <typename Number>
+void attend(const Sizes& s, const void* parts, void* found, const Pools<Number>& pools, const int64_t* new_pages,
+            const int64_t* new_places, const int64_t* pages, const int64_t* lengths) {
+  const auto* rows = static_cast<const typename Number::Value*>(parts);
+  auto* outputs = static_cast<typename Number::Value*>(found);
+  const int64_t own = s.queries * s.head_size, count = s.tokens * s.heads;
+#pragma omp parallel num_threads(s.threads)
+  {
+    if (new_pages) {  // all are filed before any is read: tokens may follow each other
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t token = i / s.heads;
+        file_token<Number>(s, pools, rows + token * s.row, i % s.heads, new_pages[token], new_places[token]);
+      }
+    }
+    std::vector<float> space;
+    // Small shares until all is done: a thread whose core has other work delays nobody.
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t token = i / s.heads, head = i % s.heads;
+      attend_head<Number>(s, pools, rows + token * s.row + head * own, outputs + i * own, head,
+                          pages + token * s.table, lengths[token], space);
+    }
+  }
+}
+
+}  // namespace
+
+// parts: [tokens][row], queries first and, where new_pages is not null, keys and values to file behind them.
+// found: [tokens][heads][queries][head_size]. sizes: as in Sizes. flag 1: bf16.
+extern "C" void mtnlg_attend(const void* parts, void* found, void* keys, void* values, const int64_t* new_pages,
+                             const int64_t* new_places, const int64_t* pages, const int64_t* lengths,
+                             const int64_t* sizes, int64_t flags) {
+  Sizes s;
+  std::memcpy(&s, sizes, sizeof(s));
+  if (flags & 1) {
+    const Pools<Bf16> pools{static_cast<uint16_t*>(keys), static_cast<uint16_t*>(values)};
+    attend(s, parts, found, pools, new_pages, new_places, pages, lengths);
+  } else {
+    const Pools<Float32> pools{static_cast<float*>(keys), static_cast<float*>(values)};
+    attend(s, parts, found, pools, new_pages, new_places, pages, lengths);
+  }
+}
