@@ -14,6 +14,7 @@ import copy
 import math
 import os
 import platform
+import sys
 import time
 from dataclasses import dataclass
 from datetime import date
@@ -25,10 +26,12 @@ from torch import Tensor
 from mtnlg import MegatronLmModel
 from mtnlg.config.quantize import QuantizeConfig
 from mtnlg.evaluation.texts import texts_of_run
-from mtnlg.quantization import calibrate, quantize_model, quantized_linears, round_in_training
+from mtnlg.quantization import calibrate, quantized_linears, round_in_training
 from mtnlg.training.saved_run import load_run
 
 WINDOW, NEW, PROMPT = 256, 32, 32  # tokens
+ROWS_OF_A_STEP = 8
+METHODS = ["rtn", "gptq", "awq"]
 ROWS = [
     ("int8", dict(weights="int8")),
     ("int8, activations int8", dict(weights="int8", activations="int8")),
@@ -69,7 +72,7 @@ def main() -> None:
             calibrate(quantized, QuantizeConfig.from_dict(fields), method, batches)
             lines.append(row(name, method, quantized, text.test, base, answers))
             print(lines[-1], flush=True)
-    lines += ["", *aware(arguments, model, text)]
+    lines += ["", *aware(arguments, model, text, batches)]
     Path(arguments.output).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
@@ -79,9 +82,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run")
     parser.add_argument("--test-rows", type=int, default=64, help=f"windows of {WINDOW} tokens")
     parser.add_argument("--calibration-rows", type=int, default=64)
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "awq"])
-    parser.add_argument("--steps", type=int, default=60, help="of quantization-aware training, 8 rows each")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument(
+        "--steps", type=int, default=60, help=f"of quantization-aware training, {ROWS_OF_A_STEP} rows each"
+    )
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--aware-group", type=int, default=0, help="inputs that share a scale; 0: the row")
     here = Path(__file__).resolve().parent
     parser.add_argument("--output", default=str(here / "results" / "quantization.md"))
     return parser.parse_args()
@@ -103,9 +109,14 @@ def spread(count: int, wanted: int) -> Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: MegatronLmModel, rows: Tensor) -> float:
+def loss(model: MegatronLmModel, rows: Tensor) -> float:
+    """Nats a token."""
     total = sum(float(model(part[:, :-1], part[:, 1:]).loss) for part in rows.split(8))
-    return math.exp(total / rows[:, 1:].numel())
+    return total / rows[:, 1:].numel()
+
+
+def perplexity(model: MegatronLmModel, rows: Tensor) -> float:
+    return math.exp(loss(model, rows))
 
 
 def greedy(model: MegatronLmModel, rows: Tensor) -> list[list[int]]:
@@ -136,8 +147,8 @@ def heading(arguments: argparse.Namespace, model: MegatronLmModel, text: Text) -
     return [
         "# Quantization: what it costs",
         "",
-        f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch "
-        f"{torch.__version__}. `python benchmarks/quantization.py`",
+        f"{date.today()}, {processor()}, {os.cpu_count()} cores, torch {torch.__version__}. "
+        f"`python benchmarks/quantization.py {' '.join(sys.argv[1:])}`",
         "",
         f"{model.num_parameters / 1e6:.1f}M parameters; {text.test.numel():,} tokens of the test split "
         f"in windows of {WINDOW}; GPTQ and AWQ saw {arguments.calibration_rows * WINDOW:,} tokens of its "
@@ -149,6 +160,14 @@ def heading(arguments: argparse.Namespace, model: MegatronLmModel, text: Text) -
     ]
 
 
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    has_vnni = any("avx512_vnni" in line for line in lines if line.startswith("flags"))
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} (AVX-512 VNNI)" if has_vnni else name
+
+
 def row(name, method, model, rows, base, answers) -> str:
     found = perplexity(model, rows)
     change, size = f"{(found / base - 1) * 100:+.2f}%", matrix_bytes(model) / 1e6
@@ -156,55 +175,62 @@ def row(name, method, model, rows, base, answers) -> str:
     return f"| {name} | {method} | {size:.2f} | {found:.3f} | {change} | {share * 100:.0f}% |"
 
 
-def aware(arguments: argparse.Namespace, model: MegatronLmModel, text: Text) -> list[str]:
-    """Fine-tuning under the rounding beside fine-tuning and rounding afterwards."""
-    config = QuantizeConfig("int4", 0, head="same")
-    before = copy.deepcopy(model)
-    quantize_model(before, config)
-    found = {"rounded": perplexity(before, text.test)}
+def aware(arguments: argparse.Namespace, model: MegatronLmModel, text: Text, batches) -> list[str]:
+    """Fine-tuning under the rounding beside fine-tuning and rounding afterwards, by every method."""
+    config = QuantizeConfig("int4", arguments.aware_group, head="same")
     began = time.perf_counter()
-    for name in ("floating point", "under rounding"):
-        tuned = copy.deepcopy(model)
-        if name == "under rounding":
-            round_in_training(tuned, config)
-        tune(tuned, text.train, arguments.steps, arguments.learning_rate)
-        if name == "floating point":
-            found["tuned"] = perplexity(tuned, text.test)
-        else:
-            for module in tuned.modules():
-                vars(module).pop("forward", None)
-        quantize_model(tuned, config)
-        found[name] = perplexity(tuned, text.test)
-    # The same training without rounding is the bound.
-    lost = math.log(found["floating point"] / found["tuned"])
-    left = math.log(found["under rounding"] / found["tuned"])
+    tuned, under = copy.deepcopy(model), copy.deepcopy(model)
+    round_in_training(under, config)
+    for one in (tuned, under):
+        tune(one, text.train, arguments.steps, arguments.learning_rate)
+    seconds = time.perf_counter() - began
+    for module in under.modules():
+        vars(module).pop("forward", None)
+    base = loss(tuned, text.test)
+    found = {method: loss(rounded(tuned, config, method, batches), text.test) for method in METHODS}
+    learnt = loss(rounded(under, config, "rtn", batches), text.test)
+    lost = found["rtn"] - base
+    before, before_rounded = (loss(m, text.test) for m in (model, rounded(model, config, "rtn", batches)))
+
+    def line(name: str, value: float) -> str:
+        return f"| {name} | {value:.4f} | {value - base:+.4f} | {(1 - (value - base) / lost) * 100:.0f}% |"
+
+    groups = f"groups of {config.group_size}" if config.group_size else "a scale for each whole row"
     return [
-        "## Quantization-aware fine-tuning, int4 with a scale for each whole row",
+        f"## Quantization-aware fine-tuning, int4 with {groups}, the head too",
         "",
-        f"{arguments.steps} steps of 8 windows at {arguments.learning_rate:g} (AdamW), "
-        f"{time.perf_counter() - began:.0f} s for both.",
+        f"{arguments.steps} steps of {ROWS_OF_A_STEP} windows at {arguments.learning_rate:g} (AdamW, "
+        f"falling to nothing), {seconds:.0f} s for both trainings. Without tuning the model has "
+        f"{before:.4f}, and rounded {before_rounded:.4f}. What rounding costs is what it adds to the same "
+        "training without rounding.",
         "",
-        "| | perplexity |",
-        "|---|---|",
-        f"| rounded as it was | {found['rounded']:.3f} |",
-        f"| tuned in floating point | {found['tuned']:.3f} |",
-        f"| tuned in floating point, then rounded | {found['floating point']:.3f} |",
-        f"| tuned under the rounding, then rounded | {found['under rounding']:.3f} |",
-        "",
-        f"Of the loss that rounding costs ({lost:.4f} nats a token), training under it recovers "
-        f"{(1 - left / lost) * 100:.0f}%.",
+        "| | held-out loss, nats a token | cost | recovered |",
+        "|---|---|---|---|",
+        f"| tuned in floating point | {base:.4f} | | |",
+        *(line(f"tuned in floating point, then {method}", value) for method, value in found.items()),
+        line("tuned under the rounding, then rtn", learnt),
     ]
+
+
+def rounded(model: MegatronLmModel, config: QuantizeConfig, method: str, batches) -> MegatronLmModel:
+    """A copy in few bits."""
+    found = copy.deepcopy(model)
+    calibrate(found, config, method, batches)
+    return found
 
 
 def tune(model: MegatronLmModel, rows: Tensor, steps: int, learning_rate: float) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for step in range(steps):
-        part = rows[torch.arange(8 * step, 8 * step + 8) % len(rows)]
-        loss = model(part[:, :-1], part[:, 1:]).loss / part[:, 1:].numel()
-        loss.backward()
+        first = ROWS_OF_A_STEP * step
+        part = rows[torch.arange(first, first + ROWS_OF_A_STEP) % len(rows)]
+        value = model(part[:, :-1], part[:, 1:]).loss / part[:, 1:].numel()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        falling.step()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,14 @@ import os
 import sys
 import time
 
+# (weights, activations)
+FEW_BITS = {
+    "int8": ("int8", "int8"),
+    "int4": ("int4", "int8"),
+    "int8w": ("int8", "float"),
+    "int4w": ("int4", "float"),
+}
+
 
 def mtnlg(folder: str, precision: str):
     """Through the engine, as ``model.generate`` and the server use it."""
@@ -16,8 +24,9 @@ def mtnlg(folder: str, precision: str):
     from mtnlg.generation import Engine, GenerationRequest
 
     quantize = None
-    if precision in ("int8", "int4"):  # 4 bits for the head too, as the peers have it
-        quantize, precision = dict(weights=precision, activations="int8", head="same"), "bf16"
+    if precision in FEW_BITS:  # 4 bits for the head too, as the peers have it
+        weights, activations = FEW_BITS[precision]
+        quantize, precision = dict(weights=weights, activations=activations, head="same"), "bf16"
     model = MegatronLmModel.from_pretrained(folder, quantize=quantize).eval()
     config = EngineConfig(dtype=precision, compile="on", prefix_cache=False, prefill_chunk=2048)
     engine = Engine(model, config=config)
