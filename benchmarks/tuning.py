@@ -1,53 +1,76 @@
 """What tuning does to small models on real text, before and after, with held-out text judging.
 
-    python benchmarks/tuning.py couplets --base runs/poems --source tang_shi.jsonl
-    python benchmarks/tuning.py dialogues --base runs/demo --source kdconv/
-    python benchmarks/tuning.py report
+    python benchmarks/tuning.py all --data ../shared/data
+    python benchmarks/tuning.py couplets --data ../shared/data
 
-couplets   recipes/tune-couplets.yaml: finish a couplet on instruction; full tuning, LoRA, and prompt
-           tuning of 20 virtual tokens, each with the same examples. Every 20th poem is held out.
-dialogues  recipes/tune-dialogues.yaml: KdConv's dev files of film and music are learnt, its test files
-           are held out.
-distill    couplets again, a narrow student from the tuned model's logits beside the student alone.
+poem-base  a model to tune: recipes/poems.yaml with one Han character a token, on poems not held out.
+dialogue-base  recipes/dialogue-base.yaml on the turns and facts of KdConv's dev files and on prose.
+rates      a learning rate for each method: the best of three on couplets kept for that.
+couplets   recipes/tune-couplets.yaml: the next line on instruction, by every method with the same examples
+           and steps; full tuning, LoRA, DoRA, QLoRA (int4), 20 virtual tokens, a prefix of 20.
+dialogues  recipes/tune-dialogues.yaml: KdConv's dev files are learnt, its test files are held out.
+distill    a student of a quarter of the size learns the couplets from nothing: from their labels alone, and
+           from the logits of the model that `couplets` made by full tuning too, in the same steps.
+report     benchmarks/results/tuning.md from everything measured; `all` is all of these in turn.
 
 Loss is the mean over the scored tokens of up to 16,384 held-out tokens, in samples as training reads
-them. Answers are greedy. Everything that is
-measured goes into OUT/results.json; ``report`` writes the table.
+them. Answers are greedy. Everything that is measured goes into OUT/results.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
 import time
-from collections import Counter
-from datetime import date
 from pathlib import Path
 
 import torch
+from tuning_data import kdconv, write_couplets, write_dialogue_text, write_poems
+from tuning_measures import (
+    NUM_SHOWN,
+    answer_all,
+    common_scores,
+    couplet_scores,
+    in_verse,
+    sample_loss,
+    text_loss,
+)
+from tuning_report import write_report
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-HAN = r"[㐀-鿿𠀀-𯿿]"
-COUPLET = re.compile(rf"({HAN}{{5}}|{HAN}{{7}})，({HAN}+)。")
-INSTRUCTION = "續寫下聯"
+LORA = ["--tuning.method=lora", "--tuning.adapter.target_modules=[all-linear]"]
 METHODS = {
     "full": [],
-    "lora": ["--tuning.method=lora", "--tuning.adapter.target_modules=[all-linear]"],
+    "lora": LORA,
+    "dora": [*LORA, "--tuning.adapter.decomposed=true"],
+    "qlora": [*LORA, "--model.quantize=true", "--model.quantize_config={weights: int4}"],
     "prompt": ["--tuning.method=prompt", "--tuning.adapter.num_virtual_tokens=20"],
+    "prefix": ["--tuning.method=prefix", "--tuning.adapter.num_virtual_tokens=20"],
 }
-RATES = {"full": 1e-3, "lora": 4e-3, "prompt": 2e-2}
-NUM_ANSWERS = 50
-MOST_TOKENS = 16_384  # of held-out samples
+RATES = {
+    "full": (1e-3, 2e-3, 4e-3),
+    "lora": (4e-3, 8e-3, 1.6e-2),
+    "dora": (4e-3, 8e-3, 1.6e-2),
+    "qlora": (4e-3, 8e-3, 1.6e-2),
+    "prompt": (3e-2, 0.1, 0.3),
+    "prefix": (2e-2, 6e-2, 0.2),
+}
+STUDENT_RATE = 4e-3
+MIXTURES = {"labels alone": None, "T 1": (0.5, 1.0), "T 2": (0.5, 2.0), "T 1, teacher alone": (1.0, 1.0)}
+NUM_ANSWERS = 100
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("part", choices=("couplets", "dialogues", "distill", "report"))
-    parser.add_argument("--base", type=Path)
-    parser.add_argument("--source", type=Path)
+    parser.add_argument("part", choices=(*PARTS, "report", "all"))
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder with poems/ and zh/"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/tuning"))
+    parser.add_argument("--minutes", type=float, default=10.0, help="to train each base")
+    parser.add_argument("--base-steps", type=int, help="steps of each base, instead of minutes")
+    parser.add_argument("--poem-base", type=Path, help="tune this run instead of OUT/poem-base")
+    parser.add_argument("--dialogue-base", type=Path, help="likewise")
     parser.add_argument("--examples", type=int, default=3000, help="couplets to learn from")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -55,136 +78,205 @@ def main() -> None:
     parser.add_argument("--override", action="append", default=[], help="of the recipe: --a.b=value")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments.poem_base = arguments.poem_base or arguments.out / "poem-base"
+    arguments.dialogue_base = arguments.dialogue_base or arguments.out / "dialogue-base"
     torch.set_num_threads(arguments.threads)
-    {"couplets": couplets, "dialogues": dialogues, "distill": distill, "report": report}[arguments.part](
-        arguments
-    )
+    for name, part in PARTS.items():
+        if arguments.part in (name, "all"):
+            part(arguments)
+    write_report(arguments.out, REPOSITORY / "benchmarks" / "results" / "tuning.md")
+
+
+def poem_base(arguments: argparse.Namespace) -> None:
+    """A model of poems, each character a token, and its loss on held-out poems."""
+    poems, held_out = write_poems(arguments.data, arguments.out / "data")
+    sources = [{"path": str(poems), "text_key": "paragraphs"}]
+    one_character = ["--tokenizer.vocab_size=6144", "--tokenizer.han_characters=1"]
+    pretrain(arguments, "poems", arguments.poem_base, sources, one_character)
+    keep_base(arguments, "poem base", arguments.poem_base, held_out)
+
+
+def dialogue_base(arguments: argparse.Namespace) -> None:
+    """A model of what dialogues are made of, and of prose."""
+    sources = write_dialogue_text(arguments.data, arguments.out / "data")
+    pretrain(arguments, "dialogue-base", arguments.dialogue_base, sources, [])
+    keep_base(arguments, "dialogue base", arguments.dialogue_base, None)
+
+
+def pretrain(arguments, recipe: str, run_dir: Path, sources: list[dict], overrides: list[str]) -> None:
+    """What ``mtnlg train recipes/RECIPE.yaml`` does."""
+    from mtnlg.config.load import load_run_config
+    from mtnlg.training import train
+
+    steps = arguments.base_steps
+    budget = [f"--stop.minutes={arguments.minutes}"]
+    if steps:
+        budget = [f"--stop.steps={steps}", "--stop.minutes=null"]
+    given = [
+        f"--run_dir={run_dir}",
+        f"--data.sources={json.dumps(sources)}",
+        f"--training.num_threads={arguments.threads}",
+    ]
+    train(load_run_config(REPOSITORY / "recipes" / f"{recipe}.yaml", [*given, *overrides, *budget]))
+
+
+def keep_base(arguments, name: str, path: Path, held_out: Path | None) -> None:
+    """Record what a base is and how good."""
+    from mtnlg import MegatronLmModel
+    from mtnlg.training.saved_run import open_run
+
+    model = MegatronLmModel.from_pretrained(path)
+    state = open_run(path).state
+    found = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocabulary": model.tokenizer.vocab_size,
+        **{key: state[key] for key in ("step", "tokens", "seconds", "validation_loss")},
+        **({} if held_out is None else text_loss(model, held_out)),
+    }
+    keep(arguments, name, found)
+
+
+def couplet_files(arguments: argparse.Namespace) -> dict[str, str]:
+    counts = {"train": arguments.examples, "validation": 200, "held-out": 400}
+    found = write_couplets(arguments.data, arguments.out / "data", counts)
+    return {name: str(path) for name, path in found.items()}
+
+
+def rates(arguments: argparse.Namespace) -> None:
+    """Which learning rate suits each method: a third of the steps, judged on the couplets kept for it."""
+    files = couplet_files(arguments)
+    for method in arguments.methods:
+        losses = {}
+        for rate in RATES[method]:
+            overrides = [*METHODS[method], f"--optimizer.learning_rate={rate}", "--tuning.epochs=0.34"]
+            chosen = (files["train"], files["validation"])
+            config = configure(arguments, "couplets", "rates", arguments.poem_base, chosen, overrides)
+            losses[str(rate)] = tune(config)["validation_loss"]
+        keep(arguments, f"rates {method}", losses)
+
+
+def best_rate(arguments: argparse.Namespace, method: str) -> float:
+    """The one that ``rates`` found, or else the middle one."""
+    losses = results_of(arguments).get(f"rates {method}")
+    return float(min(losses, key=losses.get)) if losses else RATES[method][1]
 
 
 def couplets(arguments: argparse.Namespace) -> None:
-    """Full tuning, LoRA and prompt tuning on the same couplets."""
-    files = write_couplets(arguments.source, arguments.out, arguments.examples)
+    """Every method on the same couplets, each with its own learning rate."""
+    files = couplet_files(arguments)
     for method in arguments.methods:
-        overrides = [*METHODS[method], f"--optimizer.learning_rate={RATES[method]}", *arguments.override]
-        config = configure(arguments, "tune-couplets", f"couplets-{method}", files, overrides)
-        keep(arguments, f"couplets {method}", tune_and_judge(arguments, config, is_couplet=True))
+        rate = best_rate(arguments, method)
+        overrides = [*METHODS[method], f"--optimizer.learning_rate={rate}"]
+        chosen, name = (files["train"], files["held-out"]), f"couplets-{method}"
+        config = configure(arguments, "couplets", name, arguments.poem_base, chosen, overrides)
+        found = tune_and_judge(arguments, config, is_couplet=True)
+        keep(arguments, f"couplets {method}", {"learning_rate": rate, **found})
 
 
 def dialogues(arguments: argparse.Namespace) -> None:
     """KdConv before and after."""
-    files = [
-        [str(arguments.source / f"kdconv_{topic}_{part}.json") for topic in ("film", "music")]
-        for part in ("dev", "test")
-    ]
-    config = configure(arguments, "tune-dialogues", "dialogues", files, arguments.override)
+    files = (kdconv(arguments.data, "dev"), kdconv(arguments.data, "test"))
+    config = configure(arguments, "dialogues", "dialogues", arguments.dialogue_base, files, [])
     keep(arguments, "dialogues full", tune_and_judge(arguments, config, is_couplet=False))
 
 
 def distill(arguments: argparse.Namespace) -> None:
-    """A student with and without the logits of the model that ``couplets`` made by full tuning."""
-    files = write_couplets(arguments.source, arguments.out, arguments.examples)
-    for name, teacher in (("alone", None), ("distilled", arguments.out / "couplets-full")):
-        overrides = [f"--tuning.distillation.teacher={teacher}"] if teacher else []
-        overrides += ["--optimizer.learning_rate=2e-3", *arguments.override]
-        config = configure(arguments, "tune-couplets", f"student-{name}", files, overrides)
-        keep(arguments, f"student {name}", tune_and_judge(arguments, config, is_couplet=True))
+    """A student with and without a teacher's logits, from the same drawn weights in the same steps."""
+    from mtnlg import MegatronLmModel
+    from mtnlg.config import MegatronModelConfig
+    from mtnlg.training.model_files import open_model_files
+
+    files, teacher = couplet_files(arguments), arguments.out / "couplets-full"
+    big = open_model_files(teacher)
+    shape = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 256}
+    fields = {**vars(big.config), **shape}
+    for derived in ("kv_channels", "head_dim", "num_key_value_heads"):
+        fields.pop(derived, None)
+    nothing = arguments.out / "student"
+    MegatronLmModel(MegatronModelConfig(**fields), big.tokenizer).save_pretrained(nothing)
+    for name, mixture in MIXTURES.items():
+        overrides = [f"--optimizer.learning_rate={STUDENT_RATE}"]
+        if mixture:
+            overrides += [
+                f"--tuning.distillation.teacher={teacher}",
+                f"--tuning.distillation.share={mixture[0]}",
+                f"--tuning.distillation.temperature={mixture[1]}",
+            ]
+        chosen = (files["train"], files["held-out"])
+        config = configure(arguments, "couplets", f"student-{len(overrides)}", nothing, chosen, overrides)
+        keep(arguments, f"student, {name}", tune_and_judge(arguments, config, is_couplet=True))
 
 
-def write_couplets(source: Path, out: Path, count: int) -> list[list[str]]:
-    """Couplets of poems as instructions; files to learn from and held out."""
-    poems = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    parts: dict[str, list[str]] = {"train": [], "held-out": []}
-    for number, poem in enumerate(poems):
-        found = [COUPLET.fullmatch(line) for line in poem["paragraphs"]]
-        pairs = [match.groups() for match in found if match and len(match[1]) == len(match[2])]
-        parts["train" if number % 20 else "held-out"] += [record(*pair) for pair in pairs]
-    files = []
-    for name, most in (("train", count), ("held-out", 400)):
-        step = max(1, len(parts[name]) // most)  # from all over the source
-        path = out / f"couplets-{name}.jsonl"
-        path.write_text("\n".join(parts[name][::step][:most]) + "\n", encoding="utf-8")
-        files.append([str(path)])
-    return files
-
-
-def record(upper: str, lower: str) -> str:
-    values = {"instruction": INSTRUCTION, "input": upper, "output": f"{lower}。"}
-    return json.dumps(values, ensure_ascii=False)
-
-
-def configure(arguments, recipe: str, name: str, files: list[list[str]], overrides: list[str]):
+def configure(arguments, recipe: str, name: str, base: Path, files, overrides: list[str]):
+    """The recipe with its data, learnt and held out."""
     from mtnlg.config.load import load_run_config
     from mtnlg.tuning import tuning_defaults
 
+    learnt, held_out = ([one] if isinstance(one, str) else one for one in files)
     given = [
         f"--run_dir={arguments.out / name}",
-        f"--tuning.base={arguments.base}",
-        f"--tuning.data={json.dumps(files[0])}",
-        f"--tuning.validation_data={json.dumps(files[1])}",
+        f"--tuning.base={base}",
+        f"--tuning.data={json.dumps(learnt)}",
+        f"--tuning.validation_data={json.dumps(held_out)}",
         f"--training.num_threads={arguments.threads}",
         "--training.device=cpu",
     ]
-    path = REPOSITORY / "recipes" / f"{recipe}.yaml"
-    return load_run_config(path, [*given, *overrides], tuning_defaults)
+    path = REPOSITORY / "recipes" / f"tune-{recipe}.yaml"
+    return load_run_config(path, [*given, *overrides, *arguments.override], tuning_defaults)
 
 
-def tune_and_judge(arguments, config, is_couplet: bool) -> dict:
+def tune(config) -> dict:
+    """Tune; how it went."""
     from mtnlg.training import train
     from mtnlg.tuning import Tuning
 
-    work = Tuning(print)
-    config = work.prepare(config, lambda *_: None)
-    before = judge(config, str(config.tuning.base), is_couplet)
     began = (time.perf_counter(), time.process_time())
-    result = train(config, work=work, fresh=True)
-    wall, used = time.perf_counter() - began[0], time.process_time() - began[1]
-    after = judge(config, config.run_dir, is_couplet)
+    result = train(config, work=Tuning(), fresh=True)
     weights = Path(result.checkpoint) / "weights"
     return {
         "steps": result.step,
         "tokens": result.tokens,
-        "wall_seconds": round(wall),
-        "processor_seconds": round(used),
+        "wall_seconds": round(time.perf_counter() - began[0]),
+        "processor_seconds": round(time.process_time() - began[1]),
         "saved_bytes": sum(file.stat().st_size for file in weights.iterdir()),
-        "before": before,
-        "after": after,
-        "threads": arguments.threads,
-        "note": arguments.note,
+        "validation_loss": result.validation_loss,
     }
 
 
-def judge(config, path: str, is_couplet: bool) -> dict:
+def tune_and_judge(arguments, config, is_couplet: bool) -> dict:
+    """Tune; held-out loss and answers before and after."""
+    from mtnlg.tuning import Tuning
+
+    config = Tuning(print).prepare(config, lambda *_: None)
+    before = judge(config, str(config.tuning.base), is_couplet)
+    how = tune(config)
+    after = judge(config, config.run_dir, is_couplet, with_verse=True)
+    facts = {"threads": arguments.threads, "note": arguments.note}
+    return {**how, "before": before, "after": after, **facts}
+
+
+def judge(config, path: str, is_couplet: bool, with_verse: bool = False) -> dict:
     """Loss on held-out samples, and greedy answers to some."""
     from mtnlg import MegatronLmModel, Tokenizer
     from mtnlg.tuning import Tuning
 
     model = MegatronLmModel.from_pretrained(path)
     model.tokenizer = Tokenizer.from_pretrained(Path(config.run_dir) / "tokenizer")
-    stream = Tuning().validation_stream(config, None)
-    summed = valid = 0.0
-    most = max(1, MOST_TOKENS // config.data.sequence_length)
-    for start in range(0, min(stream.num_samples, most), 8):
-        batch = stream.batch(start, 8)
-        with torch.no_grad():
-            output = model(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids)
-        summed, valid = summed + float(output.loss), valid + batch.num_valid_tokens
+    found = sample_loss(model, Tuning().validation_stream(config, None), config.data.sequence_length)
     asked = held_out(config)
-    answers = answer_all(model, [messages for messages, _ in asked])
-    found = {"loss": summed / valid, "scored_tokens": int(valid)}
-    found["ended"] = sum(is_ended for _, is_ended in answers) / len(answers)
-    wanted = [answer for _, answer in asked]
-    scores = [overlap(text, answer) for (text, _), answer in zip(answers, wanted)]
-    found["overlap"] = sum(scores) / len(scores)
-    if is_couplet:
-        right = [
-            is_ended and re.fullmatch(rf"{HAN}{{{len(answer) - 1}}}。", text.strip()) is not None
-            for (text, is_ended), answer in zip(answers, wanted)
-        ]
-        found["in_form"] = sum(right) / len(right)
-    found["shown"] = [
-        [messages[-1]["content"].split("\n")[-1], text] for (messages, _), (text, _) in zip(asked, answers)
-    ][:6]
-    return found
+    questions, wanted = [messages for messages, _ in asked], [answer for _, answer in asked]
+    last = [messages[-1]["content"].split("\n")[-1] for messages in questions]
+    answers = answer_all(model, questions)
+    shown = [[*pair] for pair in zip(last, (text for text, _ in answers), wanted)]
+    if not is_couplet:
+        return {**found, **common_scores(answers, wanted), "shown": shown[:NUM_SHOWN]}
+    found |= couplet_scores(last, answers, wanted)
+    found["poet"] = couplet_scores(last, [(answer, True) for answer in wanted], wanted)
+    if with_verse:
+        verse = in_verse(model, questions, [len(upper) for upper in last])
+        found["verse"] = couplet_scores(last, verse, wanted)
+        shown = [[*one, text] for one, (text, _) in zip(shown, verse)]
+    return {**found, "shown": shown[:NUM_SHOWN]}
 
 
 def held_out(config) -> list[tuple[list[dict], str]]:
@@ -197,83 +289,25 @@ def held_out(config) -> list[tuple[list[dict], str]]:
     return [(one.messages[:-1], one.messages[-1]["content"]) for one in chosen]
 
 
-def answer_all(model, questions: list[list[dict]]) -> list[tuple[str, bool]]:
-    """Greedy answers, and whether the model ended each itself."""
-    from mtnlg.generation.dialogue_format import dialogue_prompt
-
-    prompts = [dialogue_prompt(model.tokenizer, messages) for messages in questions]
-    done = model.generate([p.ids for p in prompts], max_new_tokens=48, temperature=0.0, details=True)
-    answers = []
-    for prompt, generation in zip(prompts, done):
-        ids = list(generation.new_ids)
-        end = next((place for place, token in enumerate(ids) if token in prompt.end_ids), None)
-        answers.append((model.tokenizer.decode(ids[:end]), end is not None))
-    return answers
-
-
-def overlap(text: str, wanted: str) -> float:
-    """F1 of the characters that two texts have in common."""
-    ours, theirs = Counter(text), Counter(wanted)
-    common = sum((ours & theirs).values())
-    return 2.0 * common / max(1, len(text) + len(wanted))
-
-
-def keep(arguments, name: str, found: dict) -> None:
+def results_of(arguments: argparse.Namespace) -> dict:
     path = arguments.out / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**results, name: found}, ensure_ascii=False, indent=1), encoding="utf-8")
-    print(name, json.dumps({key: found[key] for key in ("before", "after")}, ensure_ascii=False))
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def report(arguments: argparse.Namespace) -> None:
-    """The table of everything that was measured."""
-    results = json.loads((arguments.out / "results.json").read_text(encoding="utf-8"))
-    first = next(iter(results.values()))
-    note = f" {first['note']}." if first["note"] else ""
-    lines = [
-        "# Tuning on real text",
-        "",
-        f"{date.today()}, {platform.machine()}, {first['threads']} threads.{note} Made by "
-        "`benchmarks/tuning.py`; loss is nats a scored token on held-out text.",
-        "",
-        "| | examples' tokens | seconds (wall, processor) | saved | loss before | after | ended by itself "
-        "| in form | overlap with the poet or speaker |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, found in results.items():
-        before, after = found["before"], found["after"]
-        pairs = [
-            f"{before[key]:.0%} → {after[key]:.0%}" if key in after else "" for key in ("ended", "in_form")
-        ]
-        lines.append(
-            f"| {name} | {found['tokens']:,} | {found['wall_seconds']}, {found['processor_seconds']} "
-            f"| {found['saved_bytes'] / 1e6:.2f} MB | {before['loss']:.4f} | **{after['loss']:.4f}** "
-            f"| {pairs[0]} | {pairs[1]} | {before['overlap']:.3f} → {after['overlap']:.3f} |"
-        )
-    lines += ["", *share_of_gain(results), ""]
-    for name, found in results.items():
-        lines += [f"{name}, greedy, first held-out questions:", ""]
-        lines += [f"- {question} → {one_line(text)}" for question, text in found["after"]["shown"]]
-        lines.append("")
-    text = "\n".join(lines).rstrip() + "\n"
-    (REPOSITORY / "benchmarks" / "results" / "tuning.md").write_text(text, encoding="utf-8")
-    print(text)
+def keep(arguments: argparse.Namespace, name: str, found: dict) -> None:
+    path, results = arguments.out / "results.json", {**results_of(arguments), name: found}
+    path.write_text(json.dumps(results, ensure_ascii=False, indent=1), encoding="utf-8")
+    print(name, json.dumps(found, ensure_ascii=False), flush=True)
 
 
-def share_of_gain(results: dict) -> list[str]:
-    full = results.get("couplets full")
-    lines = []
-    for name in ("lora", "prompt"):
-        found = results.get(f"couplets {name}")
-        if full and found:
-            gains = [one["before"]["loss"] - one["after"]["loss"] for one in (found, full)]
-            lines.append(f"{name} reaches {gains[0] / gains[1]:.1%} of full tuning's gain on the couplets.")
-    return lines
-
-
-def one_line(text: str) -> str:
-    return text.strip().replace("\n", " ⏎ ") or "(nothing)"
-
+PARTS = {
+    "poem-base": poem_base,
+    "dialogue-base": dialogue_base,
+    "rates": rates,
+    "couplets": couplets,
+    "dialogues": dialogues,
+    "distill": distill,
+}
 
 if __name__ == "__main__":
     main()

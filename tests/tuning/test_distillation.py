@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,16 @@ from tests.training.helpers import Recorder
 from tests.tuning.helpers import prepared, small_tuning, tune_here, tune_laid_out, write_base
 
 from mtnlg import MegatronLmModel
-from mtnlg.config import ConfigError, DistillationConfig, LayoutConfig, StopConfig
+from mtnlg.config import (
+    ConfigError,
+    DistillationConfig,
+    LayoutConfig,
+    MegatronModelConfig,
+    StopConfig,
+)
 from mtnlg.model import IGNORED_LABEL
 from mtnlg.tuning import Tuning
-from mtnlg.tuning.distillation import distilled_cross_entropy
+from mtnlg.tuning.distillation import DistilledLoss, distilled_cross_entropy
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +77,25 @@ def test_the_first_step_is_the_formula_on_scored_tokens(folder):
     with torch.no_grad():
         plain = model(batch.input_ids, batch.labels, batch.position_ids, batch.document_ids).loss
     assert result.validation_loss == pytest.approx(float(plain) / batch.num_valid_tokens, rel=1e-5)
+
+
+def test_a_softcap_of_the_student_is_in_both_terms():
+    """As in Gemma 2, whose head gives it to its loss function."""
+    fields = dict(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    student, teacher = (
+        MegatronLmModel(MegatronModelConfig(**fields, logit_softcap=cap)) for cap in (0.3, None)
+    )
+    ids, labels = torch.arange(10).view(2, 5), torch.arange(1, 11).view(2, 5)
+    wanted = distilled_cross_entropy(
+        student(ids).logits.flatten(0, 1), teacher(ids).logits.flatten(0, 1), labels.flatten(), 0.7, 3.0
+    )
+    loss = DistilledLoss(teacher, student.head, DistillationConfig("t", 0.7, 3.0))
+    student.head.loss_function = loss
+    stage = SimpleNamespace(training=True, forward=lambda inputs: inputs)
+    loss.listen(stage, (ids,), {})
+    assert float(student(ids, labels).loss) == pytest.approx(float(wanted), rel=1e-5)
+    plain = F.cross_entropy(student(ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert float(student(ids, labels).loss) == pytest.approx(float(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "zero3"])

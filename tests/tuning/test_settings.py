@@ -8,6 +8,7 @@ import pytest
 from mtnlg.config import ConfigError, DistillationConfig, RunConfig, TuningConfig
 from mtnlg.config.check import setting_names
 from mtnlg.config.load import dump_run_config, load_run_config
+from mtnlg.tuning.defaults import default_rate
 
 TESTS = Path(__file__).resolve().parents[1]
 CHATS, RENDERING = "tuning/test_conversations.py", "tuning/test_rendering.py"
@@ -42,6 +43,12 @@ def test_every_setting_has_its_proof():
         path, name = place.split("::")
         tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
         assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_small_models_move_faster_unless_the_rate_is_said():
+    assert default_rate("full", 7_000_000_000) == 5e-5 and default_rate("lora", 10**9) == 2e-4
+    assert default_rate("full", 10_000_000) == 5e-4 and default_rate("lora", 10_000) == 20 * 2e-4
+    assert default_rate("prompt", 10_000_000) == default_rate("prompt", 10**10) == 3e-2
 
 
 def test_a_section_of_a_recipe_is_read_and_written(tmp_path):

@@ -96,10 +96,17 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, method):
     config = prepared(small_tuning(folder, tuning, run_dir=str(folder / f"resumed-{method}")))
     whole, first, second = Recorder(), Recorder(), Recorder()
     tune_here(replace(config, run_dir=copy_of(config, folder / f"whole-{method}")), whole)
-    tune_here(replace(config, stop=StopConfig(steps=4)), first)
-    tune_here(config, second)
+    part = tune_here(replace(config, stop=StopConfig(steps=4)), first)
+    rest = tune_here(config, second)
     assert first.losses | second.losses == whole.losses
     assert sorted(second.losses) == [5, 6]
+    assert part.first_validation_loss == rest.first_validation_loss > rest.validation_loss
+    if method in ("full", "lora"):  # the others begin with virtual tokens before the text
+        stream = Tuning().validation_stream(config, None)
+        loss = mean_loss(
+            MegatronLmModel.from_pretrained(config.tuning.base), stream.batch(0, stream.num_samples)
+        )
+        assert rest.first_validation_loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_adapters_are_saved_alone_and_only_they_change(folder):
@@ -215,9 +222,16 @@ def test_the_verb_takes_model_and_data_and_fills_in_the_rest(folder, tmp_path, c
     assert "training: 23 examples" in text and "runs/base-lora is prepared" in text
     saved = json.dumps(__import__("yaml").safe_load(Path("runs/base-lora/config.yaml").read_text()))
     assert '"hidden_size": 32' in saved and '"method": "lora"' in saved
+    for name, setting in (("dora", "decomposed: true"), ("rslora", "rank_stabilized: true")):
+        assert main([*arguments, "--method", name, "--learning-rate=0.5", "--print-config"]) == 0
+        text = capsys.readouterr().out
+        assert f"{setting}\n" in text and "method: lora\n" in text and "learning_rate: 0.5\n" in text
+    assert main([*arguments, "--method=qlora", "--print-config"]) == 0
+    assert "weights: int4\n" in capsys.readouterr().out
     assert main([*arguments, "--method", "loar"]) == 2
     assert "tuning.method is 'loar': choose one of full, lora" in capsys.readouterr().err
     assert main(["tune", str(folder / "nothing"), "x.jsonl"]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert main(["train", "runs/base-lora/config.yaml"]) == 0
-    assert "mtnlg chat runs/base-lora" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "; before tuning it was" in text and "mtnlg chat runs/base-lora" in text

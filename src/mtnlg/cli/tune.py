@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 EXAMPLE = """
 mtnlg tune runs/demo chats.jsonl --out runs/chat
 mtnlg tune runs/demo chats.jsonl --method lora --tuning.adapter.rank 16 --epochs 2
-mtnlg tune runs/demo chats.jsonl --method prompt --optimizer.learning_rate 0.01
+mtnlg tune runs/demo chats.jsonl --method qlora --out runs/chat-qlora
+mtnlg tune runs/demo chats.jsonl --method prompt --learning-rate 0.01
 mtnlg tune runs/demo chats.jsonl --teacher runs/chat --out runs/student
 mtnlg tune recipes/tune-dialogues.yaml runs/demo film_dev.json music_dev.json
 """
@@ -22,10 +23,17 @@ SHORT = {
     "method": "tuning.method",
     "out": "run_dir",
     "epochs": "tuning.epochs",
+    "learning-rate": "optimizer.learning_rate",
     "format": "tuning.format",
     "template": "tuning.template",
     "system": "tuning.system",
     "teacher": "tuning.distillation.teacher",
+}
+# What others call methods of their own, in our settings.
+NAMED_METHODS = {
+    "dora": ("--tuning.adapter.decomposed=true",),
+    "qlora": ("--model.quantize=true", "--model.quantize_config={weights: int4}"),
+    "rslora": ("--tuning.adapter.rank_stabilized=true",),
 }
 SWITCHES = ("print_config", "prepare", "fresh")
 
@@ -38,9 +46,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}; or a recipe with a section tuning")
     parser.add_argument("data", metavar="DATA", nargs="*", help="JSON Lines or JSON files of conversations")
     for name, what in (
-        ("method", f"what is trained: {', '.join(METHODS)}; full is every weight"),
+        (
+            "method",
+            f"what is trained: {', '.join(METHODS)}; full is every weight; {', '.join(NAMED_METHODS)} are "
+            "lora with a setting more",
+        ),
         ("out", "the folder that becomes the run; null is runs/MODEL-METHOD"),
         ("epochs", "how often the data is read; null is 3, unless stop.* says when to end"),
+        ("learning-rate", "its peak; null is the method's, higher for small models"),
         ("format", f"of DATA: {', '.join(DATA_FORMATS)}"),
         ("template", "a file with the jinja2 chat template; null is the model's, or ours"),
         ("system", "system message of conversations that have none"),
@@ -94,7 +107,22 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         import json
 
         overrides.append(f"--tuning.data={json.dumps(words[1:], ensure_ascii=False)}")
+    overrides = _with_settings_of_method(overrides)
     return Namespace(run_config=load_run_config(recipe, overrides, tuning_defaults), **switches)
+
+
+def _with_settings_of_method(overrides: list[str]) -> list[str]:
+    """``--tuning.method=dora`` as lora and the setting that makes it that."""
+    for place, word in enumerate(overrides):
+        name, equals, value = word.partition("=")
+        if name != "--tuning.method":
+            continue
+        rest = overrides[place + 1 :]
+        if not equals:
+            value, rest = (rest or [""])[0], rest[1:]
+        if value in NAMED_METHODS:
+            return [*overrides[:place], "--tuning.method=lora", *NAMED_METHODS[value], *rest]
+    return overrides
 
 
 def run(arguments: Namespace) -> int:
@@ -128,7 +156,9 @@ def run(arguments: Namespace) -> int:
 def say_what_is_next(result: TrainResult) -> None:
     """After a tuning run."""
     if result.validation_loss is not None:
-        print(f"validation loss {result.validation_loss:.4f} nats a scored token")
+        before = result.first_validation_loss
+        was = "" if before is None else f"; before tuning it was {before:.4f}"
+        print(f"validation loss {result.validation_loss:.4f} nats a scored token{was}")
     if result.exit_code:
         print(f"go on with:  mtnlg train {result.run_dir}/config.yaml")
         return

@@ -138,6 +138,7 @@ class TrainResult:
         stop_reason: ``tokens``, ``steps``, ``minutes``, ``convergence`` or ``signal``.
         exit_code: 0, or 130 (Ctrl-C) or 143 (SIGTERM).
         checkpoint: the last checkpoint's folder.
+        first_validation_loss: of a tuning run before its first step; ``None`` elsewhere.
     """
 
     run_dir: str
@@ -150,6 +151,7 @@ class TrainResult:
     stop_reason: str
     exit_code: int
     checkpoint: str | None
+    first_validation_loss: float | None = None
 
 
 class TrainingCallback:

@@ -78,6 +78,7 @@ class Trainer:
         self.position = Position()
         self.samples = 0
         self._validation_loss: float | None = None
+        self._first_validation_loss: float | None = None
         self._last_line: StepMetrics | None = None
         self._checkpoint: Path | None = None
         self._saved = self._evaluated = (-1, 0.0)  # step and seconds of the last one
@@ -108,6 +109,9 @@ class Trainer:
             raise
 
     def _train(self, interrupts: Interrupts) -> TrainResult:
+        if self.position.step == 0 and self.work.evaluates_the_start:
+            self._evaluate()
+            self._first_validation_loss = self._validation_loss
         for size, batch in self._batches():
             num_valid, signal = self._agree(batch, interrupts.received)
             reason = "signal" if signal else self.stop.reason(self.position)
@@ -243,6 +247,7 @@ class Trainer:
             "skipping": self.step.state(),
             "stopping": self.stop.state(),
             "validation_loss": self._validation_loss,
+            "first_validation_loss": self._first_validation_loss,
             "evaluated_step": self._evaluated[0],
             "config": self.config.to_dict(),
         }
@@ -266,6 +271,7 @@ class Trainer:
         self.step.load_state(state["skipping"])
         self.stop.load_state(state["stopping"])
         self._validation_loss = state["validation_loss"]
+        self._first_validation_loss = state.get("first_validation_loss")
         self._evaluated = (int(state["evaluated_step"]), 0.0)
         self._checkpoint, self._saved = folder, (self.position.step, self.position.seconds)
         self.callbacks.on_message(f"going on from step {self.position.step} ({folder}).")
@@ -305,6 +311,7 @@ class Trainer:
             loss=self._last_line.loss if self._last_line else None,
             validation_loss=self._validation_loss,
             best_validation_loss=None if math.isinf(best) else best,
+            first_validation_loss=self._first_validation_loss,
             stop_reason=reason,
             exit_code=Interrupts.exit_code(signal),
             checkpoint=str(self._checkpoint) if self._checkpoint else None,

@@ -38,7 +38,13 @@ class Stream(Protocol):
 
 
 class Work:
-    """Training from the beginning, on token files. Must be picklable: ranks get a copy each."""
+    """Training from the beginning, on token files. Must be picklable: ranks get a copy each.
+
+    Attributes:
+        evaluates_the_start: whether the first weights are worth an evaluation before the first step.
+    """
+
+    evaluates_the_start = False
 
     def prepare(self, config: RunConfig, progress: Progress) -> RunConfig:
         """Make everything in ``run_dir`` that training reads; the config with what was found out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.tuning import METHODS
 from mtnlg.training.model_files import open_model_files
 
-# Peak rates of AdamW. Full tuning moves every weight a little; what begins at zero or beside the model
-# has a longer way.
+# Peak rates of AdamW, for models of a billion parameters and more. Full tuning moves every weight a
+# little; what begins at zero or beside the model has a longer way.
 LEARNING_RATES = {"full": 5e-5, "lora": 2e-4, "prompt": 3e-2, "prefix": 1e-2}
+LARGE = 1e9  # parameters
+MOST_OF_SMALL = 20.0  # times the rate of large models
 LONGEST_SAMPLE = 1024
 EPOCHS = 3.0
 
@@ -39,7 +42,7 @@ def tuning_defaults(values: dict[str, Any]) -> dict[str, Any]:
         "model": asdict(model),
         "data": {"sequence_length": max(1, length)},
         "optimizer": {
-            "learning_rate": LEARNING_RATES.get(method, LEARNING_RATES["lora"]),
+            "learning_rate": default_rate(method, model.num_parameters),
             "weight_decay": 0.0,
             "beta2": 0.999,
         },
@@ -47,11 +50,26 @@ def tuning_defaults(values: dict[str, Any]) -> dict[str, Any]:
         "evaluation": {"interval_steps": 50, "num_batches": 0},
     }
     written = values.get("stop")
+    sections["tuning"] = {}
     if tuning.get("epochs") is None and not written:
-        sections["tuning"] = {"epochs": EPOCHS}
+        sections["tuning"]["epochs"] = EPOCHS
+    if model.has_encoder and method == "prompt":  # virtual tokens would see all examples of a sample
+        sections["tuning"]["packing"] = False
     if not written:
         sections["stop"] = {"steps": 1}  # becomes those of the epochs
     return sections
+
+
+def default_rate(method: str, num_parameters: int) -> float:
+    """The peak learning rate of a method where none is written.
+
+    Where the model's own matrices move (``full``, ``lora``), smaller models take more: by the square root
+    of the size, which at a few million parameters comes out where ``benchmarks/tuning.py`` finds the best.
+    """
+    rate = LEARNING_RATES[method]
+    if method in ("full", "lora"):
+        rate *= min(MOST_OF_SMALL, math.sqrt(LARGE / min(LARGE, max(1, num_parameters))))
+    return float(f"{rate:.1e}")
 
 
 def _virtual_tokens(tuning: dict[str, Any], method: str) -> int:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mtnlg.config import DistillationConfig, LayoutConfig, TuningConfig
 from mtnlg.model import IGNORED_LABEL, MegatronLmDecoder
 from mtnlg.model.decoder import Head
-from mtnlg.model.loss import tokens_per_chunk
+from mtnlg.model.loss import softcapped, tokens_per_chunk
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.training.model_files import open_model_files
 
@@ -100,10 +100,16 @@ class DistilledLoss:
             self._teacher.head = head
         self._hidden = output.hidden  # [batch, sequence, teacher's hidden]
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """Hidden [batch, sequence, hidden], weight [vocab, hidden], labels [batch, sequence] → summed."""
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
+    ) -> Tensor:
+        """Hidden [batch, sequence, hidden], weight [vocab, hidden], labels [batch, sequence] → summed.
+
+        ``softcap`` is of the student's logits; the teacher's own head knows its own.
+        """
         if self._hidden is None:
-            return self._plain(hidden, weight, labels)
+            capped = {} if softcap is None else {"softcap": softcap}
+            return self._plain(hidden, weight, labels, **capped)
         chosen = labels.flatten() != IGNORED_LABEL
         student = hidden.flatten(0, -2)[chosen]
         teacher = self._hidden.flatten(0, -2)[chosen]
@@ -112,16 +118,17 @@ class DistilledLoss:
         step = max(1, tokens_per_chunk(len(targets), 2 * weight.shape[0]))
         total = (hidden * 0.0).sum().float()  # so that a batch without a scored token has a gradient
         for parts in zip(student.split(step), teacher.split(step), targets.split(step)):
-            total = total + checkpoint(self._chunk, *parts, weight, use_reentrant=False)
+            total = total + checkpoint(self._chunk, *parts, weight, softcap, use_reentrant=False)
         return total
 
-    def _chunk(self, student: Tensor, teacher: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    def _chunk(
+        self, student: Tensor, teacher: Tensor, targets: Tensor, weight: Tensor, softcap: float | None
+    ) -> Tensor:
         assert self._teacher.head is not None
         with torch.no_grad():
             theirs = self._teacher.head(teacher).logits
-        return distilled_cross_entropy(
-            F.linear(student, weight), theirs, targets, self._config.share, self._config.temperature
-        )
+        ours = softcapped(F.linear(student, weight), softcap)
+        return distilled_cross_entropy(ours, theirs, targets, self._config.share, self._config.temperature)
 
 
 def distilled_cross_entropy(

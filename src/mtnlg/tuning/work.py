@@ -46,6 +46,8 @@ class Tuning(Work):
         tell: given the statistics and examples of the data before training starts.
     """
 
+    evaluates_the_start = True  # what tuning gained is seen beside it
+
     def __init__(self, tell: Callable[[str], None] = _say_nothing) -> None:
         self.tell = tell
 
