@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.generation.adapters import make_adapter
 from tests.parallel.workers import mesh_of
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from mtnlg.config.generation import EngineConfig
 from mtnlg.generation import Engine, GenerationRequest, SamplingRules
 from mtnlg.generation.ranks import RankRunner, Share, follow
 from mtnlg.generation.runner import PlainRunner, Row, Runner
+from mtnlg.interop.adapter import Adapter, load_adapter
 from mtnlg.model import MegatronLmDecoder, initialize_weights
 from mtnlg.parallel.inference import Cut
 
@@ -79,6 +81,68 @@ def expected(model_fields: dict[str, Any], engine_fields: dict[str, Any]) -> lis
     config = MegatronModelConfig(**model_fields)
     runner = PlainRunner(plain_model(config), num_pages=64)
     return answers(runner, config, EngineConfig(**engine_fields))
+
+
+OWN = "prompt"  # what requests have that name no adapter
+NAMED = (None, "low-rank", "everywhere", "dora", "prompt-behind", "prefix", "everywhere", None)
+
+
+def generate_mixed(
+    model_fields: dict[str, Any], tensor: int, pipeline: int, engine_fields: dict[str, Any]
+) -> list[list[int]] | None:
+    """The new tokens of requests with adapters of all kinds, and of one with the model's own."""
+    share = share_of(model_fields, tensor, pipeline)
+    if dist.get_rank() > 0:
+        follow(share)
+        return None
+    engine, config = EngineConfig(**engine_fields), share.config
+    adapters = adapters_of(plain_model(config))
+    runner = RankRunner(share, engine)
+    found = mixed_answers(runner, config, engine, adapters)
+    runner.close(ends_ranks=False)
+    runner = RankRunner(share, engine, own=adapters[OWN])  # over the stages that are there
+    try:
+        return [*found, own_answer(runner, config, adapters[OWN])]
+    finally:
+        runner.close()
+
+
+def expected_mixed(model_fields: dict[str, Any], engine_fields: dict[str, Any]) -> list[list[int]]:
+    """The same of one process with the plain runner."""
+    config = MegatronModelConfig(**model_fields)
+    model = plain_model(config)
+    adapters = adapters_of(model)
+    engine = EngineConfig(**engine_fields)
+    found = mixed_answers(PlainRunner(model, num_pages=128), config, engine, adapters)
+    load_adapter(model, adapters[OWN])
+    return [*found, own_answer(PlainRunner(model, num_pages=64), config, adapters[OWN])]
+
+
+def adapters_of(model: MegatronLmDecoder) -> dict[str, Adapter]:
+    return {name: make_adapter(model, name) for name in dict.fromkeys((*NAMED, OWN)) if name is not None}
+
+
+def mixed_answers(
+    runner: Runner, config: MegatronModelConfig, engine: EngineConfig, adapters: dict[str, Adapter]
+) -> list[list[int]]:
+    with torch.device("meta"):
+        shapes = MegatronLmDecoder(config)
+    running = Engine(shapes, None, engine, runner)
+    for name, adapter in adapters.items():
+        running.adapters.add(name, adapter)
+    prompts = [[number + 3, *range(number * 3)] for number in range(len(NAMED))]
+    requests = [GenerationRequest(ids, max_new_tokens=5, adapter=one) for ids, one in zip(prompts, NAMED)]
+    handles = [running.submit(request) for request in requests]
+    running.adapters.remove("low-rank")
+    return [handle.result().new_ids for handle in handles]
+
+
+def own_answer(runner: Runner, config: MegatronModelConfig, own: Adapter) -> list[int]:
+    with torch.device("meta"):
+        shapes = MegatronLmDecoder(config)
+    shapes.adapter = own.config
+    request = GenerationRequest([5, 9, 2], max_new_tokens=5)
+    return Engine(shapes, None, EngineConfig(), runner).submit(request).result().new_ids
 
 
 ROWS = [

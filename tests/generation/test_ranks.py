@@ -9,8 +9,11 @@ import pytest
 from tests.generation import rank_workers as workers
 from tests.ranks import RankPool
 
-from mtnlg.generation.ranks import pack_rows, unpack_rows
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.generation.adapters import LoadedAdapter
+from mtnlg.generation.rank_messages import pack_rows, unpack_rows
 from mtnlg.generation.runner import Row
+from mtnlg.interop.adapter import Adapter
 
 GPT: dict[str, Any] = dict(
     vocab_size=67,  # does not divide
@@ -60,6 +63,17 @@ def test_ranks_give_logits_and_hidden_states_of_rows(ranks: RankPool, layout: st
         np.testing.assert_allclose(ours, plain, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("layout", "family"), [("tp2", "gpt"), ("tp2", "experts"), ("pp2", "gpt"), ("tp2 x pp2", "llama")]
+)
+def test_ranks_mix_adapters_like_one_process(ranks: RankPool, layout: str, family: str) -> None:
+    tensor, pipeline = LAYOUTS[layout]
+    engine = dict(prefill_chunk=16, max_batch_size=4)
+    found = ranks.run(tensor * pipeline, workers.generate_mixed, FAMILIES[family], tensor, pipeline, engine)
+    assert found[0] == workers.expected_mixed(FAMILIES[family], engine)
+
+
 def test_rows_travel_as_numbers() -> None:
-    rows = [Row([1, 2], 3, [4, 5, 6], 2), Row([7], 0, [8], 0)]
-    assert unpack_rows(pack_rows(rows)) == rows
+    adapter = LoadedAdapter("poet", 3, Adapter(AdapterConfig()))
+    rows = [Row([1, 2], 3, [4, 5, 6], 2), Row([7], 0, [8], 0, adapter=adapter)]
+    assert unpack_rows(pack_rows(rows), {3: adapter}) == rows

@@ -40,14 +40,15 @@ def open_model(
 
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device is {device!r}: choose cpu or cuda.")
+    named = getattr(arguments, "adapter", None)
+    adapter = named if isinstance(named, str) else None  # a server has many, by name
     if arguments is not None and wants_ranks(arguments):
         sizes = (arguments.tensor_parallel_size, arguments.pipeline_parallel_size)
-        model = open_over_ranks(name_or_path, choose_device(device), *sizes)
+        model = open_over_ranks(name_or_path, choose_device(device), *sizes, adapter)
     else:
         model = MegatronLmModel.from_pretrained(name_or_path, device=choose_device(device))
-    adapter = getattr(arguments, "adapter", None)
-    if isinstance(adapter, str):
-        _put_in(model, adapter)
+        if adapter is not None:
+            _put_in(model, adapter)
     if model.tokenizer is None:
         raise ConfigError(f"{name_or_path} holds no tokenizer, so it can neither read nor write text.")
     draft = getattr(arguments, "draft_model", None)
@@ -64,14 +65,8 @@ def add_adapter_argument(parser: ArgumentParser) -> None:
 
 def _put_in(model: MegatronLmModel, folder: str) -> None:
     """Change the model by an adapter; where that can be, its weights, which costs nothing afterwards."""
-    from mtnlg.config import ConfigError
     from mtnlg.quantization import quantized_linears
 
-    if getattr(model, "make_runner", None) is not None:
-        raise ConfigError(
-            "--adapter: a model over several ranks takes none. Merge it into the weights first "
-            "(model.merge_adapter(), model.save_pretrained(DIR))."
-        )
     model.add_adapter(folder)
     is_low_rank = model.adapter is not None and not model.adapter.num_positions
     if is_low_rank and not quantized_linears(model):

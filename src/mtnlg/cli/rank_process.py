@@ -20,11 +20,10 @@ def main() -> int:
 
 def follow_model(settings: dict[str, Any]) -> None:
     """Hold this rank's share of the model and follow rank 0."""
-    from mtnlg.cli.ranks import control_group, join_layout
+    from mtnlg.cli.ranks import control_group, join_layout, open_with_adapter
     from mtnlg.generation.ranks import follow
-    from mtnlg.training.model_files import open_model_files
 
-    files = open_model_files(settings["model"])
+    files, _ = open_with_adapter(settings["model"], settings["adapter"])
     share = join_layout(files, settings["tensor"], settings["pipeline"], settings["device"])
     follow(share, control_group(settings["device"]))
 

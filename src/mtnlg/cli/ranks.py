@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from mtnlg.api import MegatronLmModel
     from mtnlg.config.generation import EngineConfig
     from mtnlg.generation.ranks import RankRunner, Share
+    from mtnlg.interop.adapter import Adapter
     from mtnlg.parallel.companions import Companions
     from mtnlg.training.model_files import ModelFiles
 
@@ -50,12 +53,23 @@ def wants_ranks(arguments: Namespace) -> bool:
 
 
 def open_over_ranks(
-    name_or_path: str, device_type: str, tensor: int | None = None, pipeline: int | None = None
+    name_or_path: str,
+    device_type: str,
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    adapter: str | None = None,
 ) -> MegatronLmModel:
     """The model with its tokenizer; its weights are with the ranks, and engines run it through them.
 
     On ranks other than the first, where a launcher started them, this follows rank 0 and ends the
     process when it is over.
+
+    Args:
+        name_or_path: MODEL.
+        device_type: ``cpu`` or ``cuda``.
+        tensor: ranks that share each layer's matrices; ``None`` is as many as there are.
+        pipeline: ranks that the layers are divided over; ``None`` is 1.
+        adapter: an adapter's folder; LoRA is merged as weights are read, virtual tokens go with every row.
 
     Raises:
         CheckpointError: nothing loadable is there.
@@ -67,16 +81,16 @@ def open_over_ranks(
     from mtnlg.api import MegatronLmModel
     from mtnlg.generation.ranks import TIMEOUT_SECONDS, follow
     from mtnlg.parallel.mesh import ranks_present
-    from mtnlg.training.model_files import open_model_files
+    from mtnlg.training.adapter_files import base_fingerprint
 
-    files = open_model_files(name_or_path)
+    files, own = open_with_adapter(name_or_path, adapter)
     present = ranks_present()
     pipeline = pipeline or 1
     tensor = tensor or max(1, (present or 1) // pipeline)
     _check(files, tensor, pipeline, device_type)
     companions = None
     if present is None:
-        companions = _start(name_or_path, tensor, pipeline, device_type, TIMEOUT_SECONDS)
+        companions = _start(name_or_path, tensor, pipeline, device_type, TIMEOUT_SECONDS, adapter)
     share = join_layout(files, tensor, pipeline, device_type)
     group = control_group(device_type)
     if share.mesh.rank > 0:
@@ -84,8 +98,36 @@ def open_over_ranks(
         raise SystemExit(0)
     with torch.device("meta"):
         model = MegatronLmModel(files.config, files.tokenizer)
-    model.make_runner = _Leader(share, group, companions).make_runner
+    model.make_runner = _Leader(share, group, companions, own).make_runner
+    model.read_fingerprint = partial(base_fingerprint, files.base or files)
+    model.adapter = None if own is None else own.config
     return model.eval()
+
+
+def open_with_adapter(name_or_path: str, adapter: str | None) -> tuple[ModelFiles, Adapter | None]:
+    """The files whose weights ranks read, and an adapter that cannot be merged into them.
+
+    Raises:
+        CheckpointError: nothing loadable is there, or the adapter was made for another model.
+    """
+    from mtnlg.config.prompt_tuning import prompt_adapter
+    from mtnlg.interop.adapter import adapter_from_values
+    from mtnlg.interop.fingerprint import check_base
+    from mtnlg.model.adapters import PROMPT_NAME
+    from mtnlg.training.adapter_files import base_fingerprint, with_adapter
+    from mtnlg.training.model_files import open_model_files
+
+    files = open_model_files(name_or_path)
+    prompt = prompt_adapter(files.config)
+    if prompt is not None:
+        return files, adapter_from_values(prompt, dict(files.stream(frozenset([PROMPT_NAME]))))
+    if adapter is not None:
+        files = with_adapter(files, Path(adapter))
+    if files.adapter is None or files.base is None or not files.adapter.config.num_positions:
+        return files, None
+    if files.adapter.base_fingerprint is not None:
+        check_base(files.adapter.base_fingerprint, base_fingerprint(files.base), adapter or name_or_path)
+    return replace(files.base, tokenizer=files.tokenizer), files.adapter
 
 
 def join_layout(files: ModelFiles, tensor: int, pipeline: int, device_type: str) -> Share:
@@ -132,7 +174,12 @@ def _check(files: ModelFiles, tensor: int, pipeline: int, device_type: str) -> N
 
 
 def _start(
-    name_or_path: str, tensor: int, pipeline: int, device_type: str, timeout_seconds: float
+    name_or_path: str,
+    tensor: int,
+    pipeline: int,
+    device_type: str,
+    timeout_seconds: float,
+    adapter: str | None,
 ) -> Companions:
     """Start the other ranks and wait until they are there."""
     import torch
@@ -143,7 +190,8 @@ def _start(
     size = tensor * pipeline
     num_threads = max(1, available_cores() // size)
     torch.set_num_threads(num_threads)
-    settings = {"model": str(name_or_path), "tensor": tensor, "pipeline": pipeline, "device": device_type}
+    settings = {"model": str(name_or_path), "adapter": adapter, "device": device_type}
+    settings |= {"tensor": tensor, "pipeline": pipeline}
     command = [sys.executable, "-m", "mtnlg.cli.rank_process"]
     companions = Companions(command, size, settings, num_threads, timeout_seconds)
     companions.join(backend_of(device_type))
@@ -158,11 +206,13 @@ class _Leader:
         share: rank 0's.
         group: all ranks, on the CPU.
         companions: the other processes; ``None`` where a launcher started and watches them.
+        own: the adapter of every row that names none.
     """
 
     share: Share
     group: dist.ProcessGroup | None
     companions: Companions | None
+    own: Adapter | None = None
     _runner: RankRunner | None = None
     _is_over: threading.Event = field(default_factory=threading.Event)
 
@@ -178,7 +228,7 @@ class _Leader:
         if self._runner is not None:
             self._runner.close(ends_ranks=False)
         happened: Any = self.companions.what_happened if self.companions else lambda: None
-        self._runner = RankRunner(self.share, engine, happened, TIMEOUT_SECONDS, self.group)
+        self._runner = RankRunner(self.share, engine, happened, TIMEOUT_SECONDS, self.group, self.own)
         return self._runner
 
     def _watch(self) -> None:

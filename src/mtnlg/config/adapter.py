@@ -11,16 +11,8 @@ ADAPTER_METHODS = ("lora", "prompt", "prefix")
 # Where virtual tokens stand: before everything; after the user's text, where the answer begins; half of
 # them at each of the two.
 PROMPT_STYLES = ("prepend", "append", "both")
-# The linear layers of one Transformer layer, by their names in the model.
-TARGETS = (
-    "attention.query",
-    "attention.key",
-    "attention.value",
-    "attention.output",
-    "mlp.gate",
-    "mlp.up",
-    "mlp.down",
-)
+# Beside the linear layers of the Transformer layers, by their names in the model.
+EMBEDDING_TARGET, HEAD_TARGET = "embedding.tokens", "head.output"
 ALL_LINEAR = "all-linear"  # every linear layer of the Transformer layers
 
 
@@ -35,7 +27,8 @@ class AdapterConfig:
         alpha: LoRA's update is scaled by ``alpha / rank``.
         dropout: on what goes into LoRA's first matrix.
         target_modules: linear layers that get an update, by the ends of their names; ``all-linear`` is
-            all of them.
+            all of the Transformer layers. ``embedding.tokens`` and ``head.output`` go by name only, and
+            each by itself, tied or not.
         rank_stabilized: scale by ``alpha / sqrt(rank)`` instead (arXiv 2312.03732).
         decomposed: DoRA, magnitude and direction apart (arXiv 2402.09353).
         num_virtual_tokens: of prompt and prefix tuning.
@@ -91,6 +84,11 @@ class AdapterConfig:
             problems.append(f"dropout is {self.dropout}: it must be at least 0 and below 1.")
         if self.method == "lora" and not self.target_modules:
             problems.append("target_modules is empty: name at least one linear layer, or all-linear.")
+        if self.decomposed and EMBEDDING_TARGET in self.target_modules:
+            problems.append(
+                f"decomposed goes with linear layers; {EMBEDDING_TARGET} is none: take it out of "
+                "target_modules, or use plain lora."
+            )
         if self.max_seq_length is not None and self.max_seq_length <= self.num_positions:
             problems.append(
                 f"max_seq_length is {self.max_seq_length}: the {self.num_positions} virtual tokens "

@@ -10,15 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.errors import CheckpointError, ConfigError
 from mtnlg.interop.adapter import Adapter, adapter_of, load_adapter
 from mtnlg.interop.fingerprint import check_base, fingerprint_of
 from mtnlg.interop.peft import read_adapter
 from mtnlg.model import LanguageModel, MegatronLmDecoder
-from mtnlg.model.adapters import take_out_adapter
+from mtnlg.model.adapters import sizes_of, take_out_adapter, updatable
 from mtnlg.model.virtual_tokens import prompt_with_virtual
 
 
@@ -69,6 +67,7 @@ class AdapterShelf:
         self._loaded: dict[str, LoadedAdapter] = {}
         self._serials = itertools.count(1)
         self._lock = threading.Lock()
+        self._known: str | None = None  # fingerprint of weights in files, which do not change
 
     def add(self, name: str, adapter: Adapter) -> LoadedAdapter:
         """Load an adapter; requests may name it from now on.
@@ -99,14 +98,21 @@ class AdapterShelf:
         decoder = self._able_decoder()
         adapter = read_adapter(folder, decoder.config)
         if adapter.base_fingerprint is not None:
-            check_base(adapter.base_fingerprint, fingerprint_of(decoder), str(folder))
+            check_base(adapter.base_fingerprint, self._fingerprint(decoder), str(folder))
         return self.add(name, adapter)
+
+    def _fingerprint(self, decoder: MegatronLmDecoder) -> str:
+        """Of the weights, which may be on other ranks."""
+        if self._known is None:
+            read = getattr(decoder, "read_fingerprint", None)
+            self._known = read() if read is not None else None
+        return self._known or fingerprint_of(decoder)
 
     def _able_decoder(self) -> MegatronLmDecoder:
         if self._decoder is None:
             raise ConfigError(
-                "adapters are mixed in by one process that has a whole decoder: merge the adapter into the "
-                "model, or run it without tensor and pipeline parallelism."
+                "adapters are mixed into decoders by the engine's own runners: this model or runner is "
+                "another. Merge the adapter into the weights (mtnlg export ADAPTER)."
             )
         return self._decoder
 
@@ -154,12 +160,12 @@ class AdapterShelf:
 def check_fits(model: MegatronLmDecoder, adapter: Adapter) -> None:
     """Raise CheckpointError unless every tensor of ``adapter`` has its place in ``model``."""
     problems = []
-    linears = {name: module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    linears = updatable(model)
     for name, one in adapter.low_rank.items():
         if name not in linears:
             problems.append(f"it changes {name}, which is no linear layer of this model")
             continue
-        wanted = _sizes(linears[name])
+        wanted = sizes_of(linears[name])
         found = (one.down.shape[1], one.up.shape[0])
         if found != wanted:
             problems.append(f"its update of {name} is {_to(found)}, the layer {_to(wanted)}")
@@ -170,11 +176,6 @@ def check_fits(model: MegatronLmDecoder, adapter: Adapter) -> None:
 
 def _to(sizes: tuple[int, int]) -> str:
     return f"{sizes[0]} to {sizes[1]}"
-
-
-def _sizes(linear: nn.Module) -> tuple[int, int]:
-    sizes: dict[str, int] = {name: getattr(linear, name) for name in ("in_features", "out_features")}
-    return sizes["in_features"], sizes["out_features"]
 
 
 def _virtual_problems(config: MegatronModelConfig, adapter: Adapter) -> list[str]:

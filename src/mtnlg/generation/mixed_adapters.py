@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mtnlg.config import MegatronModelConfig
+from mtnlg.config.adapter import EMBEDDING_TARGET, HEAD_TARGET
 from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.linears import Linear
 from mtnlg.generation.prepared import PreparedHead
@@ -29,7 +30,6 @@ from mtnlg.generation.stacked_updates import (
     step_of_slots,
 )
 from mtnlg.generation.step_plan import StepPlan
-from mtnlg.model.adapters import EMBEDDING_TARGET, HEAD_TARGET
 
 MOST_IDLE = 4  # adapters whose updates stay laid out, beside those at work
 
@@ -169,7 +169,10 @@ class AdapterMixer:
         self._prefixes = {}
         for member, first, count in zip(self.members, self._firsts, counts):
             if member.adapter.prompt is not None:
-                self._prompts[first : first + count] = member.adapter.prompt.to(**kind)
+                rows = member.adapter.prompt.to(**kind)
+                scale = config.embedding_scale  # as mtnlg.model.virtual_tokens
+                rows = rows if scale is None else rows / rows.new_tensor(scale)
+                self._prompts[first : first + count] = rows
             if member.adapter.prefix is not None:
                 self._put_prefix(member.adapter.prefix, slice(first, first + count), total)
 

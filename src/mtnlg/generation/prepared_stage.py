@@ -6,11 +6,14 @@ products are summed over the ranks before the bias and the residual stream come 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mtnlg.generation.linears import Linear, fewest_rows, make_linear
+from mtnlg.generation.mixed_adapters import AdapterMixer
 from mtnlg.generation.prepared import prepared_head
 from mtnlg.generation.prepared_blocks import PreparedExperts, PreparedMlp, PreparedNorm
 from mtnlg.generation.prepared_layers import Attend, PreparedLayer, TokenRotations, prepare_layer
@@ -50,15 +53,18 @@ class SumOverRanks:
 
 
 class SummedLinear:
-    """A :class:`~mtnlg.generation.linears.Linear` whose inputs are divided over the ranks."""
+    """A :class:`~mtnlg.generation.linears.Linear` whose inputs are divided over the ranks.
+
+    ``own`` is this rank's share of it, whose products are summed.
+    """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, add_up: SumOverRanks
     ) -> None:
-        self._own = make_linear([weight], [None], dtype, ACTIVATION_FUNCTIONS)
+        self.own = make_linear([weight], [None], dtype, ACTIVATION_FUNCTIONS)
         self._bias = None if bias is None else bias.to(dtype)
         self._add_up = add_up
-        self.num_bytes = self._own.num_bytes
+        self.num_bytes = self.own.num_bytes
 
     def __call__(
         self,
@@ -69,7 +75,7 @@ class SummedLinear:
     ) -> Tensor:
         """Only ``plus`` is taken: nothing else comes right after such a layer."""
         assert activation is None and times is None
-        output = self._add_up(self._own(rows))
+        output = self._add_up(self.own(rows))
         if self._bias is not None:
             output = output + self._bias
         return output if plus is None else output + plus
@@ -105,17 +111,39 @@ class PreparedStage:
         self.num_queries = self.config.num_attention_heads // mesh.tensor_size // self.num_heads
         self.fewest = fewest_rows(self.device, self.dtype)
         self._add_up = SumOverRanks(mesh, deterministic)
+        self.mixer: AdapterMixer | None = None  # put around the matrices when the first adapter comes
         self._embedding = decoder.embedding
+        self.look_up: Callable[[Tensor], Tensor] | None = None
+        if decoder.embedding is not None:
+            self._let_look_up(decoder.embedding.tokens)
         self.layers: dict[int, PreparedLayer] = {}
         for name in list(decoder.layers):
             self.layers[int(name)] = self._prepare(decoder.layers[name])
             del decoder.layers[name]
-        head, self.norm, self.output = decoder.head, None, None
+        head = decoder.head
+        self.norm: PreparedNorm | None = None
+        self.output: Linear | None = None
         if head is not None:
             self.norm = PreparedNorm(head.norm, self.dtype)
             self.output = prepared_head(self._linear(head.output.weight), head, self.dtype)
             if self._embedding is None:
                 decoder.head = None
+
+    @property
+    def all_layers(self) -> list[PreparedLayer]:
+        """In their order."""
+        return list(self.layers.values())
+
+    def _let_look_up(self, tokens: torch.nn.Embedding) -> None:
+        """Have the embedding ask :attr:`look_up` for tokens, so that another may take its place."""
+        forward = tokens.forward
+        self.look_up = lambda ids: forward(ids[None])[0]
+
+        def look_up(ids: Tensor) -> Tensor:
+            assert self.look_up is not None
+            return self.look_up(ids[0])[None]
+
+        tokens.forward = look_up  # type: ignore[method-assign]
 
     def forward(self, inputs: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Through this rank's layers.

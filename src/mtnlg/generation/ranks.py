@@ -11,10 +11,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 import torch.distributed as dist
@@ -23,83 +24,23 @@ from torch import Tensor
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.errors import ConfigError, MtnlgError, RankError
 from mtnlg.config.generation import COMPILE_MODES, GIB, EngineConfig
+from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.memory import SHARE_OF_DEVICE, device_memory
 from mtnlg.generation.prepared_stage import PreparedStage
-from mtnlg.generation.runner import PAGE_SIZE, Row
+from mtnlg.generation.rank_adapters import pack_adapter, unpack_adapter
+from mtnlg.generation.rank_messages import Command, Commands, pack_rows, unpack_rows
+from mtnlg.generation.runner import PAGE_SIZE, Row, with_own
 from mtnlg.generation.stage_runner import StageRunner
+from mtnlg.interop.adapter import Adapter
 from mtnlg.parallel.companions import is_of_connection
 from mtnlg.parallel.inference import ReadWeights, lay_out_for_inference
 from mtnlg.parallel.mesh import Mesh
 
-CAPACITY = 4096  # numbers of the first message; what does not fit comes in a second one
 TIMEOUT_SECONDS = 300.0  # after which a rank that does not answer is given up
 NOTES_PER_TIMEOUT = 4  # how often rank 0 says that there is nothing to do
 # Compiling takes a core for some seconds; a smaller model has answered by then.
 WORTH_COMPILING = 5_000_000  # parameters
 DTYPES = {"auto": None, "float32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Command(IntEnum):
-    """What rank 0 asks of the others."""
-
-    WAIT = 0
-    SET_UP = 1
-    RUN = 2
-    HIDDEN = 3
-    COPY_PAGES = 4
-    END = 5
-
-
-class Commands:
-    """The messages from rank 0 to all others.
-
-    Args:
-        group: all ranks, on the CPU.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-
-    def send(self, command: Command, numbers: Sequence[int] = ()) -> None:
-        """Rank 0's side."""
-        content = torch.tensor([len(numbers), command, *numbers], dtype=torch.int32)
-        first = torch.zeros(CAPACITY, dtype=torch.int32)
-        first[: len(content)] = content[:CAPACITY]
-        dist.broadcast(first, src=0, group=self.group)
-        if len(content) > CAPACITY:
-            dist.broadcast(content[CAPACITY:].clone(), src=0, group=self.group)
-
-    def receive(self) -> tuple[Command, list[int]]:
-        """The others' side."""
-        first = torch.zeros(CAPACITY, dtype=torch.int32)
-        dist.broadcast(first, src=0, group=self.group)
-        length, command = first[:2].tolist()
-        numbers = first[2 : 2 + length].tolist()
-        if len(numbers) < length:
-            rest = torch.zeros(length - len(numbers), dtype=torch.int32)
-            dist.broadcast(rest, src=0, group=self.group)
-            numbers += rest.tolist()
-        return Command(command), numbers
-
-
-def pack_rows(rows: Sequence[Row]) -> list[int]:
-    """Rows as numbers."""
-    numbers = [len(rows)]
-    for row in rows:
-        numbers += [len(row.ids), row.start, row.num_logits, len(row.pages), *row.ids, *row.pages]
-    return numbers
-
-
-def unpack_rows(numbers: Sequence[int]) -> list[Row]:
-    """The rows again."""
-    rows, place = [], 1
-    for _ in range(numbers[0]):
-        count, start, num_logits, num_pages = numbers[place : place + 4]
-        place += 4
-        pages = numbers[place + count : place + count + num_pages]
-        rows.append(Row(numbers[place : place + count], start, pages, num_logits))
-        place += count + num_pages
-    return rows
 
 
 @dataclass
@@ -131,7 +72,8 @@ class Share:
         mode = engine.compile
         if mode == "auto" and self.config.num_parameters < WORTH_COMPILING:
             mode = "off"
-        return StageRunner(self._stage, self.mesh, num_pages, PAGE_SIZE, engine.deterministic, mode)
+        deterministic = engine.deterministic
+        return StageRunner(self._stage, self.mesh, num_pages, PAGE_SIZE, deterministic, mode, self.read)
 
     def _agreed_pages(self, stage: PreparedStage, engine: EngineConfig) -> int:
         """Pages that fit into every rank's memory; ``cache_gib`` counts for each rank."""
@@ -165,10 +107,13 @@ class RankRunner:
         what_happened: says which rank has ended and why; ``None`` while all live.
         timeout_seconds: of the process group, after which a rank is given up.
         group: all ranks, on the CPU.
+        own: the adapter of rows that name none.
 
     Raises:
         RankError: a rank could not load its share.
     """
+
+    takes_adapters = True
 
     def __init__(
         self,
@@ -177,7 +122,11 @@ class RankRunner:
         what_happened: Callable[[], str | None] = lambda: None,
         timeout_seconds: float = TIMEOUT_SECONDS,
         group: dist.ProcessGroup | None = None,
+        own: Adapter | None = None,
     ) -> None:
+        self._own = None if own is None else LoadedAdapter("", 0, own)
+        self._known: set[int] = set()  # serials of the adapters that all ranks have
+        self._forgotten: deque[int] = deque()  # of those that nobody uses any more
         self._commands, self._what_happened = Commands(group), what_happened
         self._timeout = timeout_seconds
         self._lock = threading.Lock()
@@ -196,6 +145,7 @@ class RankRunner:
         Raises:
             RankError: a rank has ended or does not answer; nothing can be computed any more.
         """
+        rows = self._with_adapters(rows)
         with self._leading(Command.RUN, pack_rows(rows)):
             logits = self._stage.run(rows)
         assert logits is not None
@@ -203,10 +153,28 @@ class RankRunner:
 
     def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
         """See :class:`~mtnlg.generation.runner.Runner`; raises as :meth:`run`."""
+        rows = self._with_adapters(rows)
         with self._leading(Command.HIDDEN, pack_rows(rows)):
             states = self._stage.hidden(rows)
         assert states is not None
         return states
+
+    def _with_adapters(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows, whose adapters all ranks have."""
+        rows = with_own(rows, self._own)
+        for loaded in {row.adapter: None for row in rows}:
+            if loaded is None or loaded.serial in self._known:
+                continue
+            numbers, content = pack_adapter(loaded)
+            with self._leading(Command.ADAPTER, numbers):
+                self._commands.send_bytes(content)
+            self._known.add(loaded.serial)
+            weakref.finalize(loaded, self._forgotten.append, loaded.serial)
+        if self._forgotten:
+            gone = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+            with self._leading(Command.FORGET, gone):
+                self._known.difference_update(gone)
+        return rows
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """See :class:`~mtnlg.generation.runner.Runner`; raises as :meth:`run`."""
@@ -284,23 +252,35 @@ def follow(share: Share, group: dist.ProcessGroup | None = None) -> None:
 
 def _follow(share: Share, commands: Commands) -> None:
     stage: StageRunner | None = None
+    adapters: dict[int, LoadedAdapter] = {}
     while True:
         command, numbers = commands.receive()
         if command == Command.END:
             return
         if command == Command.SET_UP:
+            adapters.clear()
             stage = share.set_up(_unpack_engine(numbers))
-        elif command == Command.WAIT:
-            continue
-        elif stage is None:
-            raise AssertionError(f"{command.name} before {Command.SET_UP.name}")
-        elif command == Command.COPY_PAGES:
-            half = len(numbers) // 2
-            stage.copy_pages(numbers[:half], numbers[half:])
-        elif command == Command.RUN:
-            stage.run(unpack_rows(numbers))
-        else:
-            stage.hidden(unpack_rows(numbers))
+        elif command == Command.ADAPTER:
+            adapters[numbers[0]] = unpack_adapter(numbers, commands.receive_bytes(numbers[1]))
+        elif command == Command.FORGET:
+            for serial in numbers:
+                del adapters[serial]
+        elif command != Command.WAIT:
+            if stage is None:
+                raise AssertionError(f"{command.name} before {Command.SET_UP.name}")
+            _do(stage, command, numbers, adapters)
+
+
+def _do(
+    stage: StageRunner, command: Command, numbers: list[int], adapters: Mapping[int, LoadedAdapter]
+) -> None:
+    if command == Command.COPY_PAGES:
+        half = len(numbers) // 2
+        stage.copy_pages(numbers[:half], numbers[half:])
+    elif command == Command.RUN:
+        stage.run(unpack_rows(numbers, adapters))
+    else:
+        stage.hidden(unpack_rows(numbers, adapters))
 
 
 def _pack_engine(engine: EngineConfig) -> list[int]:

@@ -14,11 +14,14 @@ from torch import Tensor
 
 from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
 from mtnlg.generation.fast_runner import attend_rows
+from mtnlg.generation.mixed_adapters import AdapterMixer
 from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared_stage import PreparedStage
+from mtnlg.generation.rank_adapters import ShareOfBase
 from mtnlg.generation.row_counts import filled_up
 from mtnlg.generation.runner import Row
 from mtnlg.generation.step_plan import StepPlan, plan_step
+from mtnlg.parallel.inference import ReadWeights
 from mtnlg.parallel.mesh import Mesh
 
 MIN_TOKENS = 64  # in a micro-batch of a pipeline: fewer take as long as one token
@@ -34,6 +37,7 @@ class StageRunner:
         page_size: tokens of one.
         deterministic: tokens' numbers depend on nothing but their own sequence.
         compile: as for :class:`~mtnlg.generation.attention_kernel.AttentionKernel`.
+        read: gives the model's weights, which adapters with magnitudes ask for.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class StageRunner:
         page_size: int,
         deterministic: bool = False,
         compile: str = "off",
+        read: ReadWeights | None = None,
     ) -> None:
+        self._read = read
         self.stage, self.mesh, self.num_pages, self.page_size = stage, mesh, num_pages, page_size
         self.deterministic = deterministic
         size, device, dtype = stage.config.head_size, stage.device, stage.dtype
@@ -77,10 +83,13 @@ class StageRunner:
         groups = [list(rows[start:end]) for start, end in self._groups(rows)]
         sent: list[tuple[dist.Work | None, Tensor]] = []  # what is sent must not be freed before
         own: list[Tensor] = []  # of what rank 0 wants, where this is rank 0
+        self._lay_out_adapters(rows)
         for group in groups:
             plan = plan_step(
                 group, self.page_size, self.stage.fewest, self.deterministic, self.stage.device
             )
+            if self.stage.mixer is not None:
+                self.stage.mixer.begin(group, plan)
             hidden = self._run_stage(plan)
             if not self.mesh.has_last_stage:
                 sent.append(self._send(hidden, self.mesh.rank + self.mesh.tensor_size))
@@ -97,6 +106,14 @@ class StageRunner:
             if work is not None:
                 work.wait()
         return result
+
+    def _lay_out_adapters(self, rows: Sequence[Row]) -> None:
+        if self.stage.mixer is None and any(row.adapter is not None for row in rows):
+            assert self._read is not None
+            base = ShareOfBase(self.stage.config, self.mesh, self._read, self.stage.dtype)
+            self.stage.mixer = AdapterMixer(self.stage, base, self.deterministic)
+        if self.stage.mixer is not None:
+            self.stage.mixer.lay_out(rows)
 
     def _groups(self, rows: Sequence[Row]) -> list[tuple[int, int]]:
         """Which rows go through the stages together, from and up to which.
@@ -121,7 +138,11 @@ class StageRunner:
             inputs = torch.empty(shape, dtype=self.stage.dtype, device=self.stage.device)
             dist.recv(inputs, src=self.mesh.rank - self.mesh.tensor_size)
 
+        mixer = self.stage.mixer
+
         def attend(layer: int, projected: Tensor) -> Tensor:
+            if mixer is not None:
+                mixer.put_prefixes(layer, projected)
             scores = self.stage.layers[layer].scores
             return attend_rows(plan, self._kernel, self._pools[layer], projected, scores)
 
@@ -141,6 +162,8 @@ class StageRunner:
         if not wanted:
             return None
         padded = wanted + [0] * (filled_up(len(wanted), self.stage.fewest) - len(wanted))
+        if self.stage.mixer is not None:
+            self.stage.mixer.narrow(padded)
         chosen = self.stage.norm(hidden[torch.tensor(padded, device=self.stage.device)])
         return (self.stage.output(chosen) if gives_logits else chosen)[: len(wanted)]
 

@@ -17,9 +17,12 @@ from mtnlg.model.adapters import (
     is_of_adapter,
     kind_beside,
     put_adapter,
+    put_update,
+    sizes_of,
     take_out_adapter,
+    updatable,
 )
-from mtnlg.model.low_rank import CHILD, LowRankUpdate, add_low_rank, low_rank_of
+from mtnlg.model.low_rank import CHILD, LowRankUpdate, low_rank_of
 
 
 @dataclass(frozen=True)
@@ -145,15 +148,12 @@ def _put_updates(decoder: MegatronLmDecoder, adapter: Adapter) -> None:
     """Updates as the adapter has them: their ranks and scales may differ from layer to layer."""
     decoder.requires_grad_(False)
     decoder.adapter = adapter.config
-    linears = dict(decoder.named_modules())
+    modules = updatable(decoder)
     for name, one in adapter.low_rank.items():
-        linear: Any = linears.get(name)
-        if linear is None or not hasattr(linear, "in_features"):
-            continue
-        has_magnitude = one.magnitude is not None
-        sizes = (linear.in_features, linear.out_features, len(one.down), one.scale)
-        update = LowRankUpdate(*sizes, adapter.config.dropout, has_magnitude, **kind_beside(linear))
-        add_low_rank(linear, update)
+        if name in modules:
+            sizes = (*sizes_of(modules[name]), len(one.down), one.scale, adapter.config.dropout)
+            update = LowRankUpdate(*sizes, one.magnitude is not None, **kind_beside(modules[name]))
+            put_update(decoder, name, update)
 
 
 def _wrong_shapes(places: dict[str, Any], values: dict[str, Tensor]) -> list[str]:

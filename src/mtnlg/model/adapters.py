@@ -7,22 +7,27 @@ parameter of its own changes its name.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mtnlg.config.adapter import ALL_LINEAR, AdapterConfig
+from mtnlg.config.adapter import ALL_LINEAR, EMBEDDING_TARGET, HEAD_TARGET, AdapterConfig
+from mtnlg.config.adapter_rules import encoder_problems
 from mtnlg.config.errors import ConfigError
 from mtnlg.model.attention import Attention
 from mtnlg.model.decoder import MegatronLmDecoder
+from mtnlg.model.encoder_decoder import MegatronEncoderDecoder
 from mtnlg.model.initialization import initial_value
 from mtnlg.model.low_rank import (
     CHILD,
     LowRankUpdate,
     add_low_rank,
+    add_low_rank_look_up,
     dense_weight,
     low_rank_of,
     merged_weight,
@@ -33,13 +38,13 @@ from mtnlg.model.virtual_tokens import (
     VirtualTokens,
     add_prefix,
     add_virtual_tokens,
+    insert_virtual_source,
     insert_virtual_tokens,
     take_out_prefix,
     take_out_virtual_tokens,
 )
 
 PROMPT_NAME = "embedding.prompt.weight"
-EMBEDDING_TARGET, HEAD_TARGET = "embedding.tokens", "head.output"
 _ENDINGS = (f".{CHILD}.down", f".{CHILD}.up", f".{CHILD}.magnitude", ".prefix.key", ".prefix.value")
 
 
@@ -70,6 +75,8 @@ def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig, inserts: bool
     """
     if decoder.adapter is not None:
         raise ConfigError("the model has an adapter already: merge it or take it out first.")
+    if decoder.config.has_encoder and (problems := encoder_problems(config)):
+        raise ConfigError(problems)
     decoder.requires_grad_(False)
     if config.method == "lora":
         _put_low_rank(decoder, config)
@@ -87,14 +94,20 @@ def put_adapter(decoder: MegatronLmDecoder, config: AdapterConfig, inserts: bool
             )
             add_prefix(attention, prefix)
     decoder.adapter = config
-    if inserts and config.num_positions:
+    if inserts and isinstance(decoder, MegatronEncoderDecoder) and config.num_positions:
+        insert_virtual_source(decoder, config)
+    elif inserts and config.num_positions:
         insert_virtual_tokens(decoder, config)
 
 
 def take_out_adapter(decoder: MegatronLmDecoder) -> None:
     """Leave ``decoder`` as it was before :func:`put_adapter`, frozen."""
-    for _, linear in adapted_linears(decoder):
+    for name, linear in adapted_linears(decoder):
         remove_low_rank(linear)
+        if name == HEAD_TARGET and decoder.head is not None:
+            updated: Any = decoder.head.loss_function
+            assert updated.func is _updated_loss, "something was put around it"
+            decoder.head.loss_function = updated.args[1]
     if decoder.adapter is not None and decoder.adapter.method != "lora":
         if decoder.embedding is not None:
             take_out_virtual_tokens(decoder.embedding)
@@ -117,6 +130,7 @@ def adapter_set_aside(decoder: MegatronLmDecoder) -> Iterator[None]:
     tokens = None if embedding is None else embedding.tokens
     look_up = None if tokens is None or config.method == "lora" else tokens.forward
     prompt = None if embedding is None else embedding._modules.get("prompt")
+    loss = None if decoder.head is None else decoder.head.loss_function
     take_out_adapter(decoder)
     try:
         yield
@@ -128,6 +142,8 @@ def adapter_set_aside(decoder: MegatronLmDecoder) -> Iterator[None]:
         for attention, function, prefix in prefixes:
             attention.add_module("prefix", prefix)
             attention.attention_function = function
+        if loss is not None and decoder.head is not None:
+            decoder.head.loss_function = loss
         if look_up is not None and tokens is not None:
             tokens.forward = look_up  # type: ignore[method-assign]
         if prompt is not None and embedding is not None:
@@ -151,14 +167,26 @@ def merge_low_rank(decoder: MegatronLmDecoder) -> None:
             f"an adapter of method {config.method} has no weights that could be merged: it goes as an "
             "adapter's folder, beside its model."
         )
+    merged = {}
     for name, linear in adapted_linears(decoder):
         if hasattr(linear, "dequantize"):
             raise ConfigError(
                 f"{name} is quantized: merge into the model that it was quantized from, and quantize again."
             )
-        assert isinstance(linear, nn.Linear)
-        linear.weight.copy_(merged_weight(linear))
+        merged[name] = merged_weight(linear)
     take_out_adapter(decoder)
+    if decoder.config.tie_word_embeddings and not merged.keys().isdisjoint((EMBEDDING_TARGET, HEAD_TARGET)):
+        untie(decoder)
+    for name, weight in merged.items():
+        decoder.get_parameter(f"{name}.weight").copy_(weight)
+
+
+def untie(decoder: MegatronLmDecoder) -> None:
+    """Give the head a matrix of its own: an update of one of the two alone makes them differ."""
+    decoder.config = replace(decoder.config, tie_word_embeddings=False)
+    if decoder.head is not None:
+        weight = decoder.head.output.weight
+        decoder.head.output.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
 
 
 def adapted_linears(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -177,40 +205,73 @@ def prefixed(decoder: MegatronLmDecoder) -> Iterator[tuple[int, Attention]]:
 
 
 def _put_low_rank(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
-    for linear in _targets(decoder, config.target_modules):
-        sizes: Any = linear
-        update = LowRankUpdate(
-            sizes.in_features,
-            sizes.out_features,
-            config.rank,
-            config.scale,
-            config.dropout,
-            config.decomposed,
-            **kind_beside(linear),
-        )
-        add_low_rank(linear, update)
+    for name, linear in _targets(decoder, config.target_modules).items():
+        options = (config.rank, config.scale, config.dropout, config.decomposed)
+        put_update(decoder, name, LowRankUpdate(*sizes_of(linear), *options, **kind_beside(linear)))
 
 
-def _targets(decoder: MegatronLmDecoder, endings: list[str]) -> list[nn.Module]:
-    """The linear layers of the Transformer layers whose names end so."""
-    linears = {
-        name: module
+def put_update(decoder: MegatronLmDecoder, name: str, update: LowRankUpdate) -> None:
+    """Let the module ``name``, a linear layer or the table of embeddings, compute with ``update``."""
+    module = decoder.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        add_low_rank_look_up(module, update)
+        return
+    add_low_rank(module, update)
+    if name == HEAD_TARGET and decoder.head is not None:
+        head = decoder.head
+        head.loss_function = partial(_updated_loss, update, head.loss_function)
+
+
+def _updated_loss(
+    update: LowRankUpdate,
+    loss: Callable[..., Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    **options: Any,
+) -> Tensor:
+    return loss(*update.joined(hidden, weight), labels, **options)
+
+
+def sizes_of(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; of a table of embeddings, its rows and their width."""
+    layer: Any = module
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return int(layer.in_features), int(layer.out_features)
+
+
+def updatable(decoder: MegatronLmDecoder) -> dict[str, nn.Module]:
+    """The modules of ``decoder`` or a stage of it that can have an update, by name."""
+    found = {
+        f"layers.{name}": module
         for name, module in decoder.layers.named_modules()
         if hasattr(module, "in_features") and hasattr(module, "out_features")
     }
+    if decoder.embedding is not None:
+        found[EMBEDDING_TARGET] = decoder.embedding.tokens
+    if decoder.head is not None:
+        found[HEAD_TARGET] = decoder.head.output
+    return found
+
+
+def _targets(decoder: MegatronLmDecoder, endings: list[str]) -> dict[str, nn.Module]:
+    """The modules whose names end so."""
+    modules, ends = updatable(decoder), (EMBEDDING_TARGET, HEAD_TARGET)
+    wanted = {name for name in modules if _ends(name, endings)}
     if ALL_LINEAR in endings:
-        return list(linears.values())
-    chosen = [module for name, module in linears.items() if _ends(name, endings)]
-    known = sorted({name.partition(".")[2] for name in linears})
-    missing = [ending for ending in endings if not any(_ends(name, [ending]) for name in linears)]
-    if missing and linears:
+        wanted |= modules.keys() - set(ends)
+    of_layers = [ending for ending in endings if ending not in (ALL_LINEAR, *ends)]
+    missing = [ending for ending in of_layers if not any(_ends(name, [ending]) for name in modules)]
+    if missing and len(decoder.layers):
+        known = sorted({name.split(".", 2)[2] for name in modules if name not in ends} | set(ends))
         near = difflib.get_close_matches(missing[0], known, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ConfigError(
             f"target_modules names {missing[0]}, and no linear layer's name ends so: there are "
-            f"{', '.join(known)}, or {ALL_LINEAR} for all of them.{hint}"
+            f"{', '.join(known)}, or {ALL_LINEAR} for all of the layers.{hint}"
         )
-    return chosen
+    return {name: module for name, module in modules.items() if name in wanted}
 
 
 def _ends(name: str, endings: list[str]) -> bool:
@@ -226,6 +287,7 @@ def _put_virtual_tokens(decoder: MegatronLmDecoder, config: AdapterConfig) -> No
             architecture.vocab_size,
             config.num_virtual_tokens,
             embedding.tokens.embedding_dim,
+            embedding.scale,
             **kind_beside(embedding.tokens),
         )
     add_virtual_tokens(embedding, prompt, architecture.vocab_size)
@@ -279,4 +341,6 @@ def start_adapter(decoder: MegatronLmDecoder, seed: int = 1234, text_ids: Sequen
     embedding, config = decoder.embedding, decoder.adapter
     if config is not None and config.method == "prompt" and embedding is not None:
         tokens = first_tokens(config, decoder.config.vocab_size, seed, text_ids)
-        embedding.get_parameter("prompt.weight").copy_(embedding.tokens.weight[tokens])
+        rows = embedding.tokens.weight[tokens]
+        scale = 1.0 if embedding.scale is None else rows.new_tensor(embedding.scale)
+        embedding.get_parameter("prompt.weight").copy_(rows * scale)

@@ -81,6 +81,8 @@ def initial_value(name: str, shape: Sequence[int], config: MegatronModelConfig, 
         config: the architecture.
         seed: of the run.
     """
+    if name.startswith("embedding.tokens.low_rank."):  # as PEFT: what is looked up is what begins as zeros
+        return _normal(name, shape, 1.0 if name.endswith(".up") else 0.0, seed)
     if name.endswith((".bias", ".low_rank.up")):
         return torch.zeros(tuple(shape))
     if name.endswith(".low_rank.down"):

@@ -31,7 +31,9 @@ class LowRankUpdate(nn.Module):
 
     ``local_down``, ``local_up``, ``local_magnitude``, ``local_base`` (from a parameter, of the update or
     of the layer, to what is computed with) and ``whole_squares`` (from sums of squares over this part of
-    each row to those over all of it) are attributes so that a layout can put its own in.
+    each row to those over all of it), ``part`` (from ids of the whole sequence to those that are looked
+    up here) and ``whole_weight`` (from rows of a joined matrix to that matrix) are attributes so that a
+    layout can put its own in.
 
     Args:
         in_features: of the linear layer.
@@ -67,6 +69,8 @@ class LowRankUpdate(nn.Module):
         self.local_magnitude: Product = _as_it_is
         self.local_base: Product = _as_it_is
         self.whole_squares: Product = _as_it_is
+        self.part: Product = _as_it_is
+        self.whole_weight: Product = _as_it_is
 
     def forward(
         self,
@@ -100,6 +104,45 @@ class LowRankUpdate(nn.Module):
         factor = self.local_magnitude(self.magnitude) / norms
         return output + ((factor - 1.0) * turned + factor * change).to(output.dtype)
 
+    def look_up(self, ids: Tensor, found: Tensor) -> Tensor:
+        """Embeddings with the update.
+
+        Args:
+            ids: [...].
+            found: [..., width], without it.
+        """
+        down, up = self.local_down(self.down), self.local_up(self.up)
+        change = F.linear(F.embedding(self.part(ids), down.t()), up) * self.scale
+        return found + change.to(found.dtype)
+
+    def joined(self, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and a matrix whose product is what the layer computes with the update.
+
+        For losses that multiply by themselves: ``W x + s B A x`` is ``[W B]`` by ``[x, s A x]``.
+
+        Args:
+            inputs: [..., in].
+            weight: [out, in].
+
+        Returns:
+            [..., more] and [out, more]
+        """
+        is_dropped = self.training and self.dropout.p > 0.0
+        dropped = self.dropout(inputs) if is_dropped else inputs
+        down, up = self.local_down(self.down), self.local_up(self.up)
+        base = self.local_base(weight)
+        low = (F.linear(dropped.to(down.dtype), down) * self.scale).to(inputs.dtype)
+        if self.magnitude is None:
+            columns, matrices = [inputs, low], [base, up]
+        else:
+            norms = self.row_norms(base.detach(), down.detach(), up.detach())
+            factor = (self.local_magnitude(self.magnitude) / norms)[:, None]
+            columns, matrices = [inputs, low], [base * factor, up * factor]
+            if is_dropped:
+                columns, matrices = [inputs, dropped, low], [base, base * (factor - 1.0), up * factor]
+        whole = torch.cat([matrix.to(base.dtype) for matrix in matrices], dim=1)
+        return torch.cat(columns, dim=-1), self.whole_weight(whole)
+
     def row_norms(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """‖W + s B A‖ of each row: [out, in], [rank, in], [out, rank] → [out]"""
         total = torch.addmm(weight.to(up.dtype), up, down, alpha=self.scale)
@@ -112,10 +155,17 @@ def add_low_rank(linear: nn.Module, update: LowRankUpdate) -> None:
     linear.forward = partial(_with_update, linear, linear.forward)  # type: ignore[method-assign]
 
 
+def add_low_rank_look_up(tokens: nn.Module, update: LowRankUpdate) -> None:
+    """Likewise for a table of embeddings [vocab, width], whose update has ``vocab`` inputs."""
+    tokens.add_module(CHILD, update)
+    tokens.forward = partial(_look_up_with_update, tokens, tokens.forward)  # type: ignore[method-assign]
+
+
 def remove_low_rank(linear: nn.Module) -> None:
-    """Undo :func:`add_low_rank`."""
+    """Undo :func:`add_low_rank` or :func:`add_low_rank_look_up`."""
     forward = linear.forward
-    assert isinstance(forward, partial) and forward.func is _with_update, "something was put around it"
+    own = (_with_update, _look_up_with_update)
+    assert isinstance(forward, partial) and forward.func in own, "something was put around it"
     inner = forward.args[1]
     del linear.forward
     if getattr(inner, "__self__", None) is not linear:  # a forward that was there before
@@ -145,6 +195,8 @@ def merged_weight(linear: nn.Module) -> Tensor:
     if update is None:
         return weight
     down, up = update.down.float(), update.up.float()
+    if isinstance(linear, nn.Embedding):  # [vocab, width]
+        return torch.addmm(weight.float(), down.t(), up.t(), alpha=update.scale).to(weight.dtype)
     total = torch.addmm(weight.float(), up, down, alpha=update.scale)
     if update.magnitude is not None:
         total *= (update.magnitude.float() / torch.linalg.vector_norm(total, dim=1))[:, None]
@@ -156,3 +208,9 @@ def _with_update(linear: nn.Module, product: Product, inputs: Tensor) -> Tensor:
     assert update is not None
     bias = getattr(linear, "bias", None)
     return update(inputs, product, partial(dense_weight, linear), bias)
+
+
+def _look_up_with_update(tokens: nn.Module, look_up: Product, token_ids: Tensor) -> Tensor:
+    update = low_rank_of(tokens)
+    assert update is not None
+    return update.look_up(token_ids, look_up(token_ids))

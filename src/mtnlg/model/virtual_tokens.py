@@ -20,6 +20,7 @@ from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.errors import ConfigError
 from mtnlg.model.attention import Attention, KeyValueCache
 from mtnlg.model.decoder import EVERY_DOCUMENT, DecoderOutput, MegatronLmDecoder
+from mtnlg.model.encoder_decoder import MegatronEncoderDecoder
 from mtnlg.model.loss import IGNORED_LABEL
 
 
@@ -37,6 +38,8 @@ class VirtualTokens(nn.Module):
         vocab_size: ids below it are ordinary tokens.
         count: virtual tokens.
         hidden_size: of an embedding.
+        scale: that the model multiplies embeddings by afterwards. Trained ones are what comes of it, as in
+            PEFT: they are divided by it here.
         dtype: of the parameter.
         device: likewise.
     """
@@ -46,11 +49,12 @@ class VirtualTokens(nn.Module):
         vocab_size: int,
         count: int,
         hidden_size: int,
+        scale: float | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
+        self.vocab_size, self.scale = vocab_size, scale
         self.weight = nn.Parameter(torch.empty(count, hidden_size, dtype=dtype, device=device))
         self.local: Callable[[Tensor], Tensor] = _as_it_is
         self.part: Callable[[Tensor], Tensor] = _as_it_is
@@ -59,8 +63,10 @@ class VirtualTokens(nn.Module):
         """[batch, sequence] → [batch, sequence, hidden]; ``look_up`` embeds ordinary tokens."""
         found = look_up(token_ids.clamp(max=self.vocab_size - 1))
         number = self.part(token_ids) - self.vocab_size
-        rows = F.embedding(number.clamp(0, len(self.weight) - 1), self.local(self.weight))
-        return torch.where((number >= 0)[..., None], rows.to(found.dtype), found)
+        rows = F.embedding(number.clamp(0, len(self.weight) - 1), self.local(self.weight)).to(found.dtype)
+        if self.scale is not None:
+            rows = rows / rows.new_tensor(self.scale)
+        return torch.where((number >= 0)[..., None], rows, found)
 
 
 class PrefixKeyValues(nn.Module):
@@ -225,6 +231,48 @@ def _labels_with_virtual(labels: Tensor, columns: Tensor, after: Tensor, behind:
     longer = labels.new_full((len(labels), width), IGNORED_LABEL)
     is_last = ~after & (labels != IGNORED_LABEL)  # the token before the answer
     return longer.scatter_(1, columns + is_last * behind, labels)
+
+
+def source_with_virtual(
+    config: AdapterConfig, vocab_size: int, source: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What an encoder reads, with virtual tokens before it.
+
+    Args:
+        config: how many.
+        vocab_size: id of the first.
+        source: [batch, sequence] ids.
+        mask: [batch, sequence], nonzero where there is a token.
+
+    Returns:
+        The two, longer by the virtual tokens.
+    """
+    virtual = torch.arange(vocab_size, vocab_size + config.num_positions, device=source.device)
+    ids = torch.cat([virtual.to(source.dtype).expand(len(source), -1), source], dim=1)
+    return ids, None if mask is None else F.pad(mask, (config.num_positions, 0), value=1)
+
+
+def insert_virtual_source(model: MegatronEncoderDecoder, config: AdapterConfig) -> None:
+    """Let ``model(ids, ...)`` put virtual tokens before what its encoder reads."""
+    model.forward = partial(_read_source, model, config, model.forward)  # type: ignore[method-assign]
+
+
+def _read_source(
+    model: MegatronEncoderDecoder,
+    config: AdapterConfig,
+    forward: Callable[..., DecoderOutput],
+    input_ids: Tensor,
+    decoder_input_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    decoder_document_ids: Tensor | None = None,
+) -> DecoderOutput:
+    if document_ids is not None:
+        raise ConfigError("document_ids: an encoder's virtual tokens would see all documents.")
+    ids, mask = source_with_virtual(config, model.config.vocab_size, input_ids, attention_mask)
+    return forward(ids, decoder_input_ids, labels, mask, decoder_attention_mask)
 
 
 def insert_virtual_tokens(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:

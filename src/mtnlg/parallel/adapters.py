@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import Partial
+from torch.distributed.tensor import DTensor, Partial
 
-from mtnlg.config.adapter import AdapterConfig
+from mtnlg.config.adapter import EMBEDDING_TARGET, HEAD_TARGET, AdapterConfig
 from mtnlg.config.errors import ConfigError
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.model.adapters import (
@@ -28,7 +28,7 @@ from mtnlg.model.adapters import (
     put_adapter,
 )
 from mtnlg.model.low_rank import CHILD, LowRankUpdate, dense_weight, low_rank_of
-from mtnlg.model.virtual_tokens import numbers_in_front, rows_with_virtual
+from mtnlg.model.virtual_tokens import numbers_in_front, rows_with_virtual, source_with_virtual
 from mtnlg.parallel.exchange import TensorAxis, all_reduce
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.tensor import (
@@ -56,8 +56,13 @@ def lay_out_adapter(decoder: MegatronLmDecoder, config: AdapterConfig, mesh: Mes
     if mesh.tensor_size == 1:
         return
     axis = TensorAxis(mesh.axis("tensor"), mesh.layout.sequence_parallel)
-    for _, linear in adapted_linears(decoder):
-        _divide_update(linear, axis)
+    for name, linear in adapted_linears(decoder):
+        if name == EMBEDDING_TARGET:
+            _copy_look_up(linear, axis)
+        elif name == HEAD_TARGET:
+            _divide_heads_update(linear, axis, decoder.config.vocab_size)
+        else:
+            _divide_update(linear, axis)
     for _, attention in prefixed(decoder):
         _divide_prefix(attention.get_submodule("prefix"), decoder.config.key_value_heads, axis)
     if decoder.embedding is not None and "prompt" in decoder.embedding._modules:
@@ -75,6 +80,9 @@ def with_virtual_tokens(batch: Batch, config: AdapterConfig | None, vocab_size: 
     """
     if config is None or not config.num_positions:
         return batch
+    if batch.decoder_input_ids is not None:  # what an encoder reads
+        source, mask = source_with_virtual(config, vocab_size, batch.input_ids, batch.encoder_mask)
+        return replace(batch, input_ids=source, encoder_mask=mask)
     front = numbers_in_front(config)
     if batch.document_ids is not None and front < config.num_positions:
         raise ConfigError(
@@ -119,6 +127,8 @@ def start_laid_out_adapter(
         elif name == PROMPT_NAME:
             tokens = first_tokens(config, model.config.vocab_size, seed, text_ids)
             rows = whole_tensor(weights["embedding.tokens.weight"])[tokens]
+            if model.config.embedding_scale is not None:
+                rows = rows * rows.new_tensor(model.config.embedding_scale)
             _local(target).copy_(local_slice(rows, target))
 
 
@@ -135,6 +145,32 @@ def _dense_weight(model: ParallelModel, linear: str) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def _copy_look_up(tokens: nn.Module, axis: TensorAxis) -> None:
+    """Every rank updates its part of the sequence."""
+    update = low_rank_of(tokens)
+    assert update is not None
+    distribute(update, axis, down=COPY, up=COPY)
+    update.local_down = update.local_up = partial(local_weight, gradient=axis.stream_gradient)
+    update.part = axis.part_of_sequence
+
+
+def _divide_heads_update(head: nn.Module, axis: TensorAxis, vocab_size: int) -> None:
+    """B is divided over the vocabulary; what A gives is gathered with the hidden states, by the loss."""
+    update = low_rank_of(head)
+    assert update is not None
+    distribute(update, axis, down=COPY, up=COLUMN, magnitude=COLUMN)
+    update.local_down = partial(local_weight, gradient=axis.stream_gradient)
+    update.local_up = update.local_magnitude = update.local_base = local_weight
+    update.whole_weight = partial(_rows_of_all, axis, vocab_size)
+
+
+def _rows_of_all(axis: TensorAxis, count: int, rows: Tensor) -> Tensor:
+    """Rows [part of count, columns] as this rank's part of a matrix."""
+    shape = torch.Size((count, rows.shape[1]))
+    stride = (rows.shape[1], 1)
+    return DTensor.from_local(rows, axis.mesh, [COLUMN], run_check=False, shape=shape, stride=stride)
 
 
 def _divide_update(linear: nn.Module, axis: TensorAxis) -> None:

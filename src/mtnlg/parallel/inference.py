@@ -56,8 +56,6 @@ def inference_problems(layout: LayoutConfig, config: MegatronModelConfig) -> lis
     problems = layout_problems(
         layout, config, sequence_length=1, micro_batches=layout.pipeline_parallel_size
     )
-    if config.prompt_tuning:
-        problems.append("prompt_tuning is true: virtual tokens stand in a model on one rank only.")
     return [problem.replace("layout.", "") for problem in problems]
 
 
