@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ CASES: dict[str, tuple[str, Any]] = {
     "fused": ("gpt2", lambda: peft.LoraConfig(**LORA, target_modules=GPT2, fan_in_fan_out=True)),
     "prompt": ("llama", lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
     "prompt-gpt2": ("gpt2", lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
+    "ends": ("llama", lambda: peft.LoraConfig(**LORA, target_modules=[*LLAMA, "embed_tokens", "lm_head"])),
+    "tied-ends": ("gpt2", lambda: peft.LoraConfig(**LORA, target_modules=[*GPT2, "wte", "lm_head"])),
+    "scaled-ends": ("gemma", lambda: peft.LoraConfig(**LORA, target_modules=["embed_tokens"])),
+    "dora-head": ("gemma", lambda: peft.LoraConfig(**LORA, target_modules=["lm_head"], use_dora=True)),
+    "prompt-gemma": ("gemma", lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
     "prefix": ("llama", lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
     "prefix-gpt2": ("gpt2", lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
 }
@@ -48,7 +54,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     gpt2 = transformers.GPT2Config(
         n_embd=24, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0, **sizes
     )
+    gemma = transformers.GemmaConfig(
+        hidden_size=24, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, head_dim=6,
+        num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, **sizes,
+    )  # fmt: skip
     made = {
+        "gemma": transformers.GemmaForCausalLM(gemma),
         "llama": transformers.LlamaForCausalLM(llama),
         "gpt2": transformers.GPT2LMHeadModel(gpt2),
     }
@@ -105,6 +116,10 @@ def our_gradients(model: MegatronLmModel) -> dict[str, Tensor]:
                 for kind in ("down", "up", "magnitude")
             }
             name = f"base_model.model.{rule.theirs}"
+            if rule.ours[0] == "embedding.tokens":
+                named[f"{name}.lora_embedding_A"] = parts["down"][0]  # type: ignore[assignment]
+                named[f"{name}.lora_embedding_B"] = parts["up"][0]  # type: ignore[assignment]
+                continue
             named[f"{name}.lora_A"] = sum(parts["down"])  # type: ignore[arg-type, assignment]
             named[f"{name}.lora_B"] = rule.to_theirs(parts["up"])  # type: ignore[arg-type]
             if parts["magnitude"][0] is not None:
@@ -146,12 +161,13 @@ def test_what_is_written_peft_reads_and_we_read_again(
     family, config = CASES[case]
     base = MegatronLmModel.from_pretrained(bases[family])
     kind = config()
+    ends = ["embedding.tokens", "head.output"] if case.endswith("ends") else []
     method = {"LORA": "lora", "PROMPT_TUNING": "prompt"}.get(str(kind.peft_type.value), "prefix")
     base.add_adapter(
         AdapterConfig(
             method=method,
             rank=3,
-            target_modules=["attention.query", "attention.key", "attention.value", "mlp.up"],
+            target_modules=["attention.query", "attention.key", "attention.value", "mlp.up", *ends],
             num_virtual_tokens=4,
             decomposed=bool(getattr(kind, "use_dora", False)),
             rank_stabilized=bool(getattr(kind, "use_rslora", False)),
@@ -172,9 +188,9 @@ def test_what_is_written_peft_reads_and_we_read_again(
     assert first.low_rank.keys() == second.low_rank.keys()
 
 
-def tuned(folder: Path, method: str = "lora") -> MegatronLmModel:
+def tuned(folder: Path, method: str = "lora", targets: Sequence[str] = ("all-linear",)) -> MegatronLmModel:
     model = MegatronLmModel.from_pretrained(folder)
-    model.add_adapter(AdapterConfig(method=method, target_modules=["all-linear"], num_virtual_tokens=4))
+    model.add_adapter(AdapterConfig(method=method, target_modules=list(targets), num_virtual_tokens=4))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -182,12 +198,20 @@ def tuned(folder: Path, method: str = "lora") -> MegatronLmModel:
     return model
 
 
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", ["all-linear"]),
+        ("gemma", ["all-linear", "embedding.tokens", "head.output"]),  # tied, and no longer so
+        ("gpt2", ["attention.query", "head.output"]),
+    ],
+)
 def test_merged_weights_compute_the_same_and_leave_as_a_model(
-    bases: dict[str, Path], tmp_path: Path
+    bases: dict[str, Path], tmp_path: Path, family: str, targets: list[str]
 ) -> None:
-    model = tuned(bases["llama"])
+    model = tuned(bases[family], targets=targets)
     logits = model(IDS).logits
-    model.save_adapter(tmp_path / "adapter", base=str(bases["llama"]))
+    model.save_adapter(tmp_path / "adapter", base=str(bases[family]))
     with pytest.raises(ConfigError, match=r"merge_adapter\(\)"):
         model.save_pretrained(tmp_path / "whole")
     model.merge_adapter()
@@ -197,8 +221,9 @@ def test_merged_weights_compute_the_same_and_leave_as_a_model(
     files = open_model_files(tmp_path / "adapter")
     for name, weight in files.read().items():
         torch.testing.assert_close(weight, model.state_dict()[name], rtol=0.0, atol=1e-6)
-    streamed = dict(files.stream(frozenset(["layers.0.mlp.up.weight"])))
-    assert torch.equal(streamed["layers.0.mlp.up.weight"], model.layers["0"].mlp.up.weight)
+    names = [f"{name}.weight" for name in ("layers.0.attention.query", "embedding.tokens", "head.output")]
+    for name, weight in files.stream(frozenset(names[: 2 if files.config.tie_word_embeddings else 3])):
+        assert torch.equal(weight, model.get_parameter(name)), name
 
 
 def test_an_adapter_for_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:

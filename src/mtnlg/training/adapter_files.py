@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mtnlg.config import CheckpointError
+from mtnlg.config import CheckpointError, MegatronModelConfig
+from mtnlg.config.adapter import EMBEDDING_TARGET, HEAD_TARGET
 from mtnlg.interop.adapter import Adapter, LowRank
 from mtnlg.interop.fingerprint import check_base, fingerprint
 from mtnlg.interop.names import parameter_shapes
@@ -26,7 +27,7 @@ from mtnlg.tokens import Tokenizer
 if TYPE_CHECKING:
     from mtnlg.training.model_files import ModelFiles
 
-HEAD = "head.output.weight"
+EMBEDDING, HEAD = f"{EMBEDDING_TARGET}.weight", f"{HEAD_TARGET}.weight"
 Cut = Callable[[str, Tensor], Tensor]
 
 
@@ -46,6 +47,7 @@ def with_adapter(base: ModelFiles, folder: Path) -> ModelFiles:
         tokenizer = Tokenizer.from_pretrained(folder)
     return replace(
         base,
+        config=merged_config(base.config, adapter),
         tokenizer=tokenizer,
         read=partial(read_merged, base, adapter, str(folder)),
         stream=partial(stream_merged, base, adapter, str(folder)),
@@ -60,12 +62,25 @@ def base_fingerprint(base: ModelFiles) -> str:
     return fingerprint((name, tensor) for name, tensor in base.stream(frozenset(names)) if name in names)
 
 
+def merged_config(config: MegatronModelConfig, adapter: Adapter) -> MegatronModelConfig:
+    """Of the base with the adapter in its weights: what changes one of two tied matrices unties them."""
+    return replace(config, tie_word_embeddings=False) if _unties(config, adapter) else config
+
+
+def _unties(config: MegatronModelConfig, adapter: Adapter) -> bool:
+    ends = (EMBEDDING_TARGET, HEAD_TARGET)
+    return config.tie_word_embeddings and not adapter.low_rank.keys().isdisjoint(ends)
+
+
 @torch.no_grad()
 def merged(name: str, weight: Tensor, adapter: Adapter) -> Tensor:
     """The parameter ``name`` of the base with what the adapter adds to it."""
     one: LowRank | None = adapter.low_rank.get(name.removesuffix(".weight"))
     if one is None or not name.endswith(".weight"):
         return weight
+    if name == EMBEDDING:  # [vocab, width]
+        total = torch.addmm(weight.float(), one.down.float().t(), one.up.float().t(), alpha=one.scale)
+        return total.to(weight.dtype)
     total = torch.addmm(weight.float(), one.up.float(), one.down.float(), alpha=one.scale)
     if one.magnitude is not None:
         total *= (one.magnitude.float() / torch.linalg.vector_norm(total, dim=1))[:, None]
@@ -84,8 +99,14 @@ def stream_merged(
     """The same for the weights of some names, one in memory at a time."""
     _check(base, adapter, where)
     changed = {name for name in names if name.removesuffix(".weight") in adapter.low_rank}
-    for name, tensor in base.stream(frozenset(changed)):
-        if name in changed:
+    sources = set(changed)
+    if _unties(base.config, adapter):  # both come from the one matrix
+        ends = {EMBEDDING, HEAD} & set(names)
+        changed |= ends
+        sources = (changed - ends) | ({EMBEDDING} if ends else set())
+    for source, tensor in base.stream(frozenset(sources)):
+        is_shared = source == EMBEDDING and _unties(base.config, adapter)
+        for name in changed & ({EMBEDDING, HEAD} if is_shared else {source}):
             whole = merged(name, tensor, adapter)
             yield name, whole if cut is None else cut(name, whole)
     rest = frozenset(names) - changed

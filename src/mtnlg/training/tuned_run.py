@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mtnlg.config import CheckpointError, ConfigError
 from mtnlg.config.adapter import AdapterConfig
 from mtnlg.interop.adapter import Adapter, adapter_from_values
-from mtnlg.training.adapter_files import read_merged, stream_merged
+from mtnlg.training.adapter_files import merged_config, read_merged, stream_merged
 from mtnlg.training.saved_run import SavedModel
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def with_saved_adapter(base: ModelFiles, saved: SavedModel) -> ModelFiles:
     adapter, where = saved_adapter(saved), str(saved.checkpoint)
     return replace(
         base,
+        config=merged_config(base.config, adapter),
         read=partial(read_merged, base, adapter, where),
         stream=partial(stream_merged, base, adapter, where),
         adapter=adapter,
