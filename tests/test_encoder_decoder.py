@@ -192,7 +192,7 @@ def test_classes_know_which_models_are_theirs(mt5_folder, tmp_path):
 
 def test_weights_that_do_not_fit_are_named(mt5_folder):
     model = MT5ForConditionalGeneration.from_pretrained(mt5_folder)
-    from mtnlg.encoder_decoder import check_weights
+    from mtnlg.pretrained import check_weights
 
     weights = dict(model.state_dict())
     weights["layers.2.cross_attention.key.weight"] = torch.zeros(3, 3)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mtnlg"
 # From the bottom to the top; a folder imports only from itself and from those before it.
 LOWER = "config corpus tokens model quantization parallel interop generation training"
-UPPER = "tuning planning explain evaluation serving encoder_decoder api cli"
+UPPER = "tuning planning explain evaluation serving pretrained encoder_decoder api cli"
 ORDER = f"{LOWER} {UPPER}".split()
 MOST_FILE_LINES = 400
 MOST_FUNCTION_LINES = 60

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
@@ -11,27 +11,19 @@ import torch
 from torch import Tensor
 
 from mtnlg.config import ConfigError, MegatronModelConfig
-from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.prompt_tuning import prompt_adapter
-from mtnlg.config.quantize import QuantizeConfig, with_quantization
-from mtnlg.encoder_decoder import MegatronEncoderDecoderModel, check_weights
-from mtnlg.generation import Engine
+from mtnlg.config.quantize import QuantizeConfig
+from mtnlg.encoder_decoder import MegatronEncoderDecoderModel
 from mtnlg.generation.answers import answer
 from mtnlg.generation.keeper import EngineKeeper
 from mtnlg.generation.options import DetailedOptions, GenerationOptions
 from mtnlg.generation.prompts import Prompt, end_id
 from mtnlg.interop import write_hugging_face
-from mtnlg.interop.adapter import Adapter, adapter_of, load_adapter
-from mtnlg.interop.fingerprint import check_base, fingerprint_of
-from mtnlg.interop.peft import read_adapter, write_adapter
 from mtnlg.interop.quantized import write_quantized
 from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
-from mtnlg.model import MegatronLmDecoder, NoInitialization, initialize_weights
-from mtnlg.model.adapters import merge_low_rank, put_adapter, start_adapter, take_out_adapter
+from mtnlg.model import MegatronLmDecoder, initialize_weights
+from mtnlg.pretrained import Pretrained, Quantize
 from mtnlg.quantization import (
-    codes_of_weights,
-    converted,
-    num_quantized,
     quantize_model,
     quantized_linears,
 )
@@ -42,7 +34,7 @@ if TYPE_CHECKING:
     from mtnlg.generation.runner import Runner
 
 
-class MegatronLmModel(MegatronLmDecoder):
+class MegatronLmModel(Pretrained, MegatronLmDecoder):
     """A decoder language model: an ``nn.Module`` that also reads, writes and generates.
 
     ``model(ids).logits`` is [batch, sequence, vocab]. The weights start with Megatron's
@@ -63,8 +55,8 @@ class MegatronLmModel(MegatronLmDecoder):
         self.tokenizer = tokenizer
         # What engines run a model with whose weights are on other ranks; ``None``: they are here.
         self.make_runner: Callable[[EngineConfig], Runner] | None = None
-        self.engine_config: EngineConfig | None = None  # of :meth:`generate`; ``None`` is the defaults
-        self.draft_model: MegatronLmDecoder | None = None  # guesses, where ``engine_config`` says so
+        self.read_fingerprint: Callable[[], str] | None = None  # of weights that are not here
+        self.engine_config = None
         self._engine_keeper = EngineKeeper()
         if not self.is_meta:
             initialize_weights(self, config, seed)
@@ -80,21 +72,6 @@ class MegatronLmModel(MegatronLmDecoder):
         else:
             super().__setattr__(name, value)
 
-    @property
-    def is_meta(self) -> bool:
-        """Whether the model has shapes only."""
-        return next(self.parameters()).is_meta
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable parameters, those of quantized matrices too; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters()) + num_quantized(self)
-
     # -- files
 
     @classmethod
@@ -104,7 +81,7 @@ class MegatronLmModel(MegatronLmDecoder):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        quantize: bool | Mapping[str, Any] | QuantizeConfig | None = None,
+        quantize: Quantize = None,
     ) -> MegatronLmModel:
         """A trained model with its tokenizer, in evaluation mode.
 
@@ -129,21 +106,7 @@ class MegatronLmModel(MegatronLmDecoder):
         if files.config.architecture == "encoder_decoder":
             options = (str(name_or_path), device, dtype, quantize)
             return cast(MegatronLmModel, MegatronEncoderDecoderModel.from_files(files, *options))
-        plain = files.base or files
-        with torch.device("meta"), NoInitialization():
-            model = cls(with_quantization(plain.config, quantize))
-        weights = {name: converted(name, one, device, dtype) for name, one in plain.stream(None)}
-        if plain.config.tie_word_embeddings:
-            weights["head.output.weight"] = weights["embedding.tokens.weight"]
-        weights = codes_of_weights(model, weights)
-        check_weights(model, weights, str(name_or_path))
-        model.load_state_dict(weights, assign=True)
-        model.tie_weights()
-        model.tokenizer = files.tokenizer
-        if files.adapter is not None:
-            check_base(files.adapter.base_fingerprint, fingerprint_of(model), str(name_or_path))
-            load_adapter(model, files.adapter)
-        return model.eval()
+        return cls.from_files(files, str(name_or_path), device, dtype, quantize)
 
     def save_pretrained(
         self,
@@ -155,7 +118,7 @@ class MegatronLmModel(MegatronLmDecoder):
         """Write a Hugging Face folder that transformers, vLLM and :meth:`from_pretrained` load.
 
         A quantized model is written as compressed-tensors, where its family can be, or else in a form of
-        our own that :meth:`from_pretrained` alone reads (:mod:`mtnlg.interop.quantized`).
+        our own that :meth:`from_pretrained` alone reads (:mod:`mtnlg.interop.quantized_writing`).
 
         Args:
             path: the folder; weights of an earlier save there are replaced.
@@ -166,11 +129,7 @@ class MegatronLmModel(MegatronLmDecoder):
             ConfigError: no Hugging Face architecture computes this model; the fields are named.
             CheckpointError: the disk refused.
         """
-        if self.adapter is not None:
-            raise ConfigError(
-                "the model has an adapter: merge_adapter() makes it part of the weights (lora), "
-                "save_adapter() writes it by itself."
-            )
+        self._check_no_adapter()
         tokenizer = self.tokenizer
         write = write_quantized if quantized_linears(self) else write_hugging_face
         write(
@@ -183,76 +142,6 @@ class MegatronLmModel(MegatronLmDecoder):
         )
         if tokenizer is not None:
             tokenizer.save_pretrained(Path(path))
-
-    # -- adapters
-
-    def add_adapter(
-        self, adapter: AdapterConfig | Adapter | str | os.PathLike[str], seed: int = 1234
-    ) -> None:
-        """Put an adapter in: it alone is trained from now on, and every call computes with it.
-
-        Args:
-            adapter: a new one, which begins by changing nothing (LoRA) or as tokens of the vocabulary
-                (prompt tuning); one as a value; or an adapter's folder, as PEFT or
-                :meth:`save_adapter` writes them.
-            seed: of a new one's first values.
-
-        Raises:
-            ConfigError: there is one already, its layers are not in this model, or its first text needs
-                a tokenizer.
-            CheckpointError: its files are broken, or it was made for another model.
-        """
-        if self.adapter is not None:
-            raise ConfigError(
-                "the model has an adapter already: merge_adapter() or remove_adapter() first."
-            )
-        if isinstance(adapter, AdapterConfig):
-            self._put_adapter(adapter, seed)
-            return
-        where = "the adapter"
-        if not isinstance(adapter, Adapter):
-            where = str(adapter)
-            adapter = read_adapter(Path(adapter), self.config)
-        check_base(adapter.base_fingerprint, fingerprint_of(self), where)
-        load_adapter(self, adapter)
-
-    def save_adapter(self, path: str | os.PathLike[str], *, base: str | None = None) -> None:
-        """Write the adapter alone, as a folder that PEFT, :meth:`add_adapter` and the server load.
-
-        Args:
-            path: the folder.
-            base: name or path of the base, which :meth:`from_pretrained` of the folder looks for.
-
-        Raises:
-            ConfigError: there is no adapter.
-            CheckpointError: the disk refused.
-        """
-        write_adapter(Path(path), adapter_of(self, fingerprint_of(self)), self.config, base)
-
-    def merge_adapter(self) -> None:
-        """Make LoRA's updates part of the weights: the model computes the same, without an adapter.
-
-        Raises:
-            ConfigError: the adapter has virtual tokens, or the weights below it are quantized.
-        """
-        merge_low_rank(self)
-
-    def remove_adapter(self) -> None:
-        """Leave the base as it was."""
-        take_out_adapter(self)
-
-    def _put_adapter(self, config: AdapterConfig, seed: int) -> None:
-        text_ids: list[int] = []
-        if config.init_text and not self.is_meta:
-            if self.tokenizer is None:
-                raise ConfigError(
-                    f"the virtual tokens are to begin as {config.init_text!r}, which takes a tokenizer: "
-                    "give MegatronLmModel one, or leave init_text empty."
-                )
-            text_ids = self.tokenizer.encode(config.init_text)
-        put_adapter(self, config)
-        if not self.is_meta:
-            start_adapter(self, seed, text_ids)
 
     # -- generation
 
@@ -295,15 +184,3 @@ class MegatronLmModel(MegatronLmDecoder):
         return answer(
             self, self.tokenizer, self._engine_keeper, self.engine_config, prompt, options, self.draft_model
         )
-
-    def make_engine(self, config: EngineConfig | None = None) -> Engine:
-        """An engine of your own over this model, for many requests at once, streams and embeddings.
-
-        Args:
-            config: settings; ``None`` is ``engine_config``.
-
-        Raises:
-            ConfigError: the settings do not fit the model or the machine.
-        """
-        decode = None if self.tokenizer is None else self.tokenizer.decode
-        return Engine(self, decode, config or self.engine_config, draft_model=self.draft_model)

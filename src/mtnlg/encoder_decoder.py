@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
-from mtnlg.config.quantize import QuantizeConfig, with_quantization
-from mtnlg.generation import Engine
+from mtnlg.config import ConfigError, MegatronModelConfig
+from mtnlg.config.quantize import QuantizeConfig
 from mtnlg.generation.answers import answer
 from mtnlg.generation.keeper import EngineKeeper
 from mtnlg.interop import fetch_from_hub, looks_like_hub_name, write_hugging_face
 from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
-from mtnlg.model import LanguageModel, MegatronEncoderDecoder, NoInitialization, initialize_weights
-from mtnlg.quantization import codes_of_weights, converted, num_quantized, quantize_model
+from mtnlg.model import MegatronEncoderDecoder, initialize_weights
+from mtnlg.pretrained import Pretrained, Quantize
+from mtnlg.quantization import quantize_model
 from mtnlg.tokens import Tokenizer
 from mtnlg.tokens import t5_tokenizer as t5
 
 if TYPE_CHECKING:
-    from mtnlg.config.generation import EngineConfig
     from mtnlg.training.model_files import ModelFiles
 
 
-class MegatronEncoderDecoderModel(MegatronEncoderDecoder):
+class MegatronEncoderDecoderModel(Pretrained, MegatronEncoderDecoder):
     """An encoder-decoder: an ``nn.Module`` that also reads, writes and generates.
 
     ``model(ids, decoder_input_ids).logits`` is [batch, target, vocab]; ``model(ids, labels=labels).loss``
@@ -52,27 +50,12 @@ class MegatronEncoderDecoderModel(MegatronEncoderDecoder):
             )
         super().__init__(config)
         self.tokenizer = tokenizer
-        self.engine_config: EngineConfig | None = None  # of :meth:`generate`; ``None`` is the defaults
+        self.engine_config = None
         self._engine_keeper = EngineKeeper()
         if not self.is_meta:
             initialize_weights(self, config, seed)
         if config.quantize:
             quantize_model(self, QuantizeConfig.from_dict(config.quantize_config))
-
-    @property
-    def is_meta(self) -> bool:
-        """Whether the model has shapes only."""
-        return next(self.parameters()).is_meta
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    @property
-    def num_parameters(self) -> int:
-        """Trainable parameters, those of quantized matrices too; a tied head counts once."""
-        return sum(parameter.numel() for parameter in self.parameters()) + num_quantized(self)
 
     # -- files
 
@@ -83,7 +66,7 @@ class MegatronEncoderDecoderModel(MegatronEncoderDecoder):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        quantize: bool | Mapping[str, Any] | QuantizeConfig | None = None,
+        quantize: Quantize = None,
     ) -> Self:
         """A trained model, with its tokenizer where one lies beside it, in evaluation mode.
 
@@ -109,22 +92,12 @@ class MegatronEncoderDecoderModel(MegatronEncoderDecoder):
         where: str,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        quantize: bool | Mapping[str, Any] | QuantizeConfig | None = None,
+        quantize: Quantize = None,
     ) -> Self:
-        """The same of what ``open_model_files`` found; ``where`` is named in errors."""
+        """See :meth:`~mtnlg.pretrained.Pretrained.from_files`."""
         if files.config.architecture != "encoder_decoder":
             raise ConfigError(f"{where} is a decoder: open it with MegatronLmModel.from_pretrained.")
-        with torch.device("meta"), NoInitialization():
-            model = cls(with_quantization(files.config, quantize))
-        weights = {name: converted(name, one, device, dtype) for name, one in files.stream(None)}
-        if files.config.tie_word_embeddings:
-            weights["head.output.weight"] = weights["embedding.tokens.weight"]
-        weights = codes_of_weights(model, weights)
-        check_weights(model, weights, where)
-        model.load_state_dict(weights, assign=True)
-        model.tie_weights()
-        model.tokenizer = files.tokenizer
-        return model.eval()
+        return super().from_files(files, where, device, dtype, quantize)
 
     def save_pretrained(
         self,
@@ -144,6 +117,7 @@ class MegatronEncoderDecoderModel(MegatronEncoderDecoder):
             ConfigError: no Hugging Face architecture computes this model; the fields are named.
             CheckpointError: the disk refused.
         """
+        self._check_no_adapter()
         write_hugging_face(self, Path(path), dtype=dtype, max_shard_bytes=max_shard_bytes)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(Path(path))
@@ -173,18 +147,6 @@ class MegatronEncoderDecoderModel(MegatronEncoderDecoder):
             is_missing = torch.as_tensor(attention_mask) == 0
             input_ids = torch.as_tensor(input_ids).masked_fill(is_missing, self.config.pad_token_id)
         return answer(self, self.tokenizer, self._engine_keeper, self.engine_config, input_ids, options)
-
-    def make_engine(self, config: EngineConfig | None = None) -> Engine:
-        """An engine of your own over this model, for many requests at once, streams and embeddings.
-
-        Args:
-            config: settings; ``None`` is ``engine_config``.
-
-        Raises:
-            ConfigError: the settings do not fit the model or the machine.
-        """
-        decode = None if self.tokenizer is None else self.tokenizer.decode
-        return Engine(self, decode, config or self.engine_config)
 
 
 class T5ForConditionalGeneration(MegatronEncoderDecoderModel):
@@ -218,22 +180,3 @@ class T5Tokenizer(t5.T5Tokenizer):
 
 class MT5Tokenizer(T5Tokenizer):
     """mT5's tokenizer under the name it has in transformers."""
-
-
-def check_weights(model: LanguageModel, weights: Mapping[str, Tensor], where: str) -> None:
-    """Say in plain words what does not fit, before torch says it in its own.
-
-    Raises:
-        CheckpointError: naming tensors that are missing, left over, or of another shape.
-    """
-    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
-    problems += [f"{name} is not the model's" for name in weights.keys() - expected.keys()]
-    problems += [
-        f"{name} has the shape {list(weights[name].shape)}, the model's is {list(shape)}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:6])
-        raise CheckpointError(f"{where}: the weights do not fit the config: {shown}.")

@@ -12,6 +12,22 @@ if TYPE_CHECKING:
     from mtnlg.config.training import TrainingConfig
 
 
+def encoder_problems(config: AdapterConfig) -> list[str]:
+    """Every reason why an encoder-decoder cannot have this adapter; empty when it can."""
+    problems = []
+    if config.method == "prefix":
+        problems.append(
+            "method is prefix: an encoder-decoder has virtual tokens before what its encoder reads only; "
+            "use prompt, lora or full."
+        )
+    if config.method == "prompt" and config.prompt_style != "prepend":
+        problems.append(
+            f"prompt_style is {config.prompt_style}: an encoder-decoder's virtual tokens stand before what "
+            "its encoder reads; use prepend."
+        )
+    return problems
+
+
 def adapter_problems(
     config: AdapterConfig,
     model: MegatronModelConfig,
@@ -41,10 +57,8 @@ def adapter_problems(
             f"layout.context_parallel_size is {layout.context_parallel_size}: virtual tokens are seen by "
             "all of a sequence, which ranks cannot share then; use lora, or 1."
         )
-    if config.num_positions and model.has_encoder:
-        problems.append(
-            f"method is {config.method}: an encoder-decoder has no virtual tokens; use lora or full."
-        )
+    if model.has_encoder:
+        problems += encoder_problems(config)
     if config.dropout > 0.0 and training.activation_recomputation in ("operators", "budget"):
         problems.append(
             f"dropout is {config.dropout}: training.activation_recomputation "

@@ -97,7 +97,7 @@ class ObjectiveConfig:
         denoisers: of ``ul2``, each as ``spans DENSITY MEAN_LENGTH [MODE] [xWEIGHT]``,
             ``suffix DENSITY ...`` or ``prefix DENSITY ...``; none are UL2's seven.
         target_length: tokens that the decoder of an encoder-decoder has room for; ``None`` is as many as
-            the longest target has.
+            the longest target has. Of conversations (``causal``) it cuts the answers.
         sentinel_ids: tokens that stand for what was taken out, the first first: ``32099-32000``.
         end_id: ends inputs and targets of spans.
         padding_id: fills up what is short.
@@ -236,7 +236,6 @@ class ObjectiveConfig:
             "noise_density": ("span_corruption", "prefix_lm"),
             "mean_span_length": ("span_corruption",),
             "denoisers": ("ul2",),
-            "target_length": ("span_corruption", "prefix_lm", "ul2"),
         }
         return [
             f"{setting} is {getattr(self, setting)}: only {' and '.join(names)} read it, and name is "

@@ -18,34 +18,43 @@ def objective_problems(model: MegatronModelConfig, data: DataConfig, layout: Lay
     """
     objective = data.objective
     if objective.is_causal:
-        if not model.has_encoder or not (data.blend or data.sources):
-            return []  # conversations that a model is tuned on say themselves what is read and written
-        return [
-            "data.objective.name is causal: an encoder-decoder reads one text and writes another; choose "
-            "span_corruption, prefix_lm or ul2."
-        ]
+        # Conversations that a model is tuned on say themselves what is read and written.
+        problems = _target_problems(model, data, layout)
+        if model.has_encoder and (data.blend or data.sources):
+            problems.append(
+                "data.objective.name is causal: an encoder-decoder reads one text and writes another; "
+                "choose span_corruption, prefix_lm or ul2."
+            )
+        return problems
     try:
         objective.text_length(data.sequence_length, model.has_encoder)
     except ConfigError as error:
         return error.problems
-    problems = []
-    if objective.target_length is not None and not model.has_encoder:
-        problems.append(
-            f"data.objective.target_length is {objective.target_length}: a decoder reads input and target "
-            "in one sequence (data.sequence_length); leave it out."
-        )
+    problems = _target_problems(model, data, layout)
     if layout.context_parallel_size > 1:
         problems.append(
             f"layout.context_parallel_size is {layout.context_parallel_size}: data.objective.name "
             f"{objective.name} lets tokens see what follows them, which ranks that share a sequence do "
             "not; choose 1, and more tensor- or data-parallel ranks."
         )
-    if model.has_encoder:
-        length = objective.longest_target(data.sequence_length)
-        if layout.sequence_parallel and length % layout.tensor_parallel_size:
-            problems.append(
-                f"data.objective.target_length is {length}: with layout.sequence_parallel it must be "
-                f"divisible by layout.tensor_parallel_size ({layout.tensor_parallel_size}); set it so, or "
-                "layout.sequence_parallel to false."
-            )
     return problems
+
+
+def _target_problems(model: MegatronModelConfig, data: DataConfig, layout: LayoutConfig) -> list[str]:
+    """What of ``data.objective.target_length``, given or derived, does not fit."""
+    given = data.objective.target_length
+    if not model.has_encoder:
+        if given is None:
+            return []
+        return [
+            f"data.objective.target_length is {given}: a decoder reads input and target in one sequence "
+            "(data.sequence_length); leave it out."
+        ]
+    length = data.target_length(has_encoder=True)
+    if layout.sequence_parallel and length % layout.tensor_parallel_size:
+        return [
+            f"data.objective.target_length is {length}: with layout.sequence_parallel it must be "
+            f"divisible by layout.tensor_parallel_size ({layout.tensor_parallel_size}); set it so, or "
+            "layout.sequence_parallel to false."
+        ]
+    return []

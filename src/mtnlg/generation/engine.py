@@ -91,6 +91,8 @@ class Engine:
         capacity = runner.num_pages * runner.page_size
         # Whose virtual tokens stand with every text.
         self.own_adapter: AdapterConfig | None = getattr(model, "adapter", None)
+        if getattr(runner, "reads_source", False):  # which puts virtual tokens before a source itself
+            self.own_adapter = None
         self.max_length = longest_text(self.own_adapter, min(runner.max_length, capacity))
         self.adapters = AdapterShelf(model, getattr(runner, "takes_adapters", False))
         self.statistics = EngineStatistics(cache_capacity=capacity)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtnlg.config import MegatronModelConfig
+from mtnlg.config.adapter import AdapterConfig
 from mtnlg.model.attention import Attention, KeyValueCache
 from mtnlg.model.decoder import DecoderOutput, Embedding, Head
 from mtnlg.model.layers import DecoderLayer
@@ -200,6 +201,7 @@ class MegatronEncoderDecoder(nn.Module):
         config: the architecture.
     """
 
+    adapter: AdapterConfig | None = None  # what mtnlg.model.adapters has put in
     embedding: Embedding | None
     encoder_positions: RelativePositions | None
     decoder_positions: RelativePositions | None

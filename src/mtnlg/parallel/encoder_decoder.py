@@ -57,6 +57,8 @@ class PairStage(Stage):
         tables: Tensor | None = None,
         labels: Tensor | None = None,
         encoder_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        decoder_document_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Run this stage.
 
@@ -67,15 +69,20 @@ class PairStage(Stage):
             tables: [buckets, 2 * heads] of relative positions, from the previous stage.
             labels: [batch, target]; used by the last stage only.
             encoder_mask: [batch, source], true where there is a token; ``None`` is everywhere.
+            document_ids: [batch, source]; tokens see only their own document's.
+            decoder_document_ids: [batch, target]; likewise, of what was written and read.
 
         Returns:
             The summed loss (float32 scalar) or logits on the last stage; before it what the next takes.
         """
         if self.is_part:
-            found = self.decoder(source, target, tables, labels, encoder_mask)
+            documents = (document_ids, decoder_document_ids)
+            found = self.decoder(source, target, tables, labels, encoder_mask, *documents)
             # What only passes through is a new tensor all the same: gradients go back through each stage.
             return found if isinstance(found, Tensor) else tuple(each.view_as(each) for each in found)
-        output = self.decoder(source, target, labels, encoder_mask)
+        output = self.decoder(
+            source, target, labels, encoder_mask, None, document_ids, decoder_document_ids
+        )
         found = output.logits if output.loss is None else output.loss
         assert found is not None
         return found
@@ -131,15 +138,18 @@ def _run_stage(
     tables: Tensor | None,
     labels: Tensor | None,
     encoder_mask: Tensor | None,
+    document_ids: Tensor | None,
+    decoder_document_ids: Tensor | None,
 ) -> Tensor | tuple[Tensor, ...]:
     arrived = source.is_floating_point()
     lengths = [tensor.shape[1] * (shards if arrived else 1) for tensor in (source, target)]
     if encoder_mask is None:  # it also says how long the whole source is
         encoder_mask = torch.ones(1, lengths[0], dtype=torch.bool, device=source.device)
     tables = _tables(model, tables)
-    source = model.encode(source, encoder_mask)
-    writing = writing_mask(lengths[1], lengths[1], target.device)
-    target = model.decode(target, source, reading_mask(encoder_mask, None, None), writing)
+    source = model.encode(source, encoder_mask, document_ids)
+    writing = writing_mask(lengths[1], lengths[1], target.device, None, decoder_document_ids)
+    reading = reading_mask(encoder_mask, document_ids, decoder_document_ids)
+    target = model.decode(target, source, reading, writing)
     if model.head is None:
         return (source, target) if tables is None else (source, target, tables)
     output = model.head(target, labels)

@@ -25,6 +25,8 @@ class Batch:
         document_ids: [batch, sequence], number of the document inside the sample; a token attends to
             its own document only. Given together with ``position_ids``.
         decoder_input_ids: [batch, target], for encoder-decoders: the labels, one place later.
+        decoder_document_ids: [batch, target], of encoder-decoders: a token sees what was written and
+            read of its own document only. Given together with ``document_ids`` [batch, sequence].
         encoder_mask: [batch, sequence], true where an encoder's input is a token and no padding;
             ``None`` is everywhere.
         prefix_lengths: [batch], for decoders: so many tokens at the beginning see each other.
@@ -35,6 +37,7 @@ class Batch:
     position_ids: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
     decoder_input_ids: torch.Tensor | None = None
+    decoder_document_ids: torch.Tensor | None = None
     encoder_mask: torch.Tensor | None = None
     prefix_lengths: torch.Tensor | None = None
 

@@ -97,15 +97,21 @@ class ChatPieces:
     def encode(self, pieces: Sequence[Piece], is_rest: bool = False) -> list[int]:
         """Token ids; as transformers gives for the whole text, where no message names a special token.
 
+        A tokenizer that ends every text ends this one too.
+
         Args:
             pieces: as rendered.
             is_rest: something stands before them, so their first word does not begin the text.
         """
+        ids = self._encode(pieces, is_rest)
+        return [*ids, self._tokenizer.end_of_text_id] if self._tokenizer.ends_texts else ids
+
+    def _encode(self, pieces: Sequence[Piece], is_rest: bool) -> list[int]:
         whole = "".join(piece.text for piece in pieces)
         specials = [piece for piece in pieces if piece.is_special]
         is_first = not (is_rest and self._begins_texts_differently)
         if is_first and len(self._names.findall(whole)) == len(specials):
-            return self._tokenizer.encode(whole, allow_special=True)
+            return self._plain(whole, allow_special=True)
         ids: list[int] = []
         for place, piece in enumerate(pieces):
             if piece.is_special:
@@ -196,13 +202,17 @@ class ChatPieces:
         return text
 
     def _encode_text(self, text: str, is_first: bool) -> list[int]:
-        tokenizer = self._tokenizer
         if not text:
             return []
         if is_first or not self._begins_texts_differently:
-            return tokenizer.encode(text)
-        newline, ids = tokenizer.encode("\n"), tokenizer.encode("\n" + text)
-        return ids[len(newline) :] if ids[: len(newline)] == newline else tokenizer.encode(text)
+            return self._plain(text)
+        newline, ids = self._plain("\n"), self._plain("\n" + text)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else self._plain(text)
+
+    def _plain(self, text: str, allow_special: bool = False) -> list[int]:
+        """Without the token that ends a text, where the tokenizer puts one."""
+        ids = self._tokenizer.encode(text, allow_special=allow_special)
+        return ids[:-1] if self._tokenizer.ends_texts else ids
 
     @cached_property
     def _begins_texts_differently(self) -> bool:
@@ -210,7 +220,7 @@ class ChatPieces:
         name = next(iter(self._tokenizer.special_tokens), None)
         if name is None:
             return False
-        return self._tokenizer.encode(f"{name}x", allow_special=True)[1:] != self._tokenizer.encode("x")
+        return self._plain(f"{name}x", allow_special=True)[1:] != self._plain("x")
 
 
 def _mark(found: re.Match[str]) -> str:

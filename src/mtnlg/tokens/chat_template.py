@@ -54,6 +54,20 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 """For the special tokens that our own tokenizers reserve; tools as in the Hermes style."""
 
+READER_CHAT_TEMPLATE = """\
+{%- set system = messages[0].content if messages and messages[0].role == 'system' else '' %}
+{%- set turns = messages[1:] if system else messages %}
+{{- system + ('\\n\\n' if system else '') }}
+{%- for message in turns %}
+    {%- if message.role not in ('user', 'assistant') %}
+        {{- raise_exception('a role is ' + message.role + ': use system, user or assistant') }}
+    {%- endif %}
+    {%- if turns | length > 1 %}{{ 'User: ' if message.role == 'user' else 'Assistant: ' }}{% endif %}
+    {{- message.content + ('' if loop.last else '\\n') }}
+{%- endfor %}
+"""
+"""For encoders, which read everything that was said before an answer: a question alone stands as it is."""
+
 
 def render_chat(template: str, variables: Mapping[str, Any]) -> str:
     """The text of a conversation.

@@ -24,6 +24,8 @@ class T5Tokenizer(Tokenizer):
     SentencePiece library is needed.
     """
 
+    ends_texts = True
+
     @classmethod
     def from_pretrained(cls, path: str | Path) -> T5Tokenizer:
         """Load a folder with a ``tokenizer.json`` or a ``spiece.model``, or one of these files.

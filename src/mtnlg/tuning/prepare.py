@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from mtnlg.config import ConfigError, DataError, MegatronModelConfig, RunConfig, TuningConfig
 from mtnlg.config.load import save_run_config
@@ -19,6 +20,7 @@ from mtnlg.training.prepare import Notes, check_begun_run, origin_of
 from mtnlg.tuning.conversations import Conversation, read_conversations
 from mtnlg.tuning.distillation import distillation_problems
 from mtnlg.tuning.example_file import ExampleFile
+from mtnlg.tuning.pairs import PairRenderer, PairStream, fitting_target
 from mtnlg.tuning.rendering import Example, Renderer
 from mtnlg.tuning.report import describe
 from mtnlg.tuning.stream import ExampleStream
@@ -55,7 +57,8 @@ def prepare_tuning(config: RunConfig, progress: Progress, tell: Callable[[str], 
         tell: given the statistics and the decoded examples, before training starts.
 
     Returns:
-        The config with the tokenizer's path and the number of steps.
+        The config with the tokenizer's path, the number of steps, and what an encoder-decoder has room to
+        write.
 
     Raises:
         ConfigError: base, tokenizer, teacher and config do not fit.
@@ -81,7 +84,7 @@ def prepare_tuning(config: RunConfig, progress: Progress, tell: Callable[[str], 
     config = replace(config, tokenizer=replace(config.tokenizer, path=path))
     if Path(tuning.base).is_dir():  # whoever opens the run may stand elsewhere
         config = replace(config, tuning=replace(tuning, base=str(Path(tuning.base).absolute())))
-    config = _with_steps(config, train)
+    config = _with_steps(with_target_length(config, ExampleFile.read(train)), train)
     check_begun_run(config)  # before config.yaml is written over
     save_run_config(config, run_dir / "config.yaml")
     return config
@@ -104,14 +107,15 @@ def check_fits(config: RunConfig, base: MegatronModelConfig, tokenizer: Tokenize
             f"{tuning_of(config).base}: its tokenizer has {tokenizer.vocab_size} tokens and its embedding "
             f"{base.vocab_size}: they do not belong together."
         )
-    if base.architecture == "encoder_decoder":
+    if base.has_encoder and tokenizer.end_of_text_id != base.eos_token_id:
         problems.append(
-            f"{tuning_of(config).base} is an encoder-decoder: conversations are learnt by decoders."
+            f"{tuning_of(config).base}: its tokenizer ends a text with token {tokenizer.end_of_text_id} "
+            f"and its config (eos_token_id) with {base.eos_token_id}: they do not belong together."
         )
     problems += method_problems(config)
     teacher = tuning_of(config).distillation
     if teacher is not None:
-        problems += _teacher_problems(teacher.teacher, base.vocab_size, tokenizer)
+        problems += _teacher_problems(teacher.teacher, base.vocab_size, base.has_encoder, tokenizer)
     if problems:
         raise ConfigError(problems)
 
@@ -120,6 +124,8 @@ def method_problems(config: RunConfig) -> list[str]:
     """Every reason why the method does not go with the layout or the samples; empty when it does."""
     tuning = tuning_of(config)
     problems = distillation_problems(tuning, config.layout)
+    if config.model.has_encoder:
+        problems += _encoder_problems(tuning)
     if not tuning.trains_adapter:
         return problems
     adapter = tuning.adapter
@@ -131,9 +137,30 @@ def method_problems(config: RunConfig) -> list[str]:
     return problems
 
 
-def _teacher_problems(name: str, vocab_size: int, tokenizer: Tokenizer) -> list[str]:
+def _encoder_problems(tuning: TuningConfig) -> list[str]:
+    """What of a tuning run there is not for an encoder-decoder."""
+    problems = []
+    if tuning.loss_on == "all":
+        problems.append(
+            "tuning.loss_on is all: what an encoder reads is not predicted; use assistant or last."
+        )
+    if tuning.trains_adapter and tuning.adapter.method == "prompt" and tuning.packing:
+        problems.append(
+            "tuning.packing is true: an encoder's virtual tokens see the whole of its sample, and would "
+            "see other examples; set it to false."
+        )
+    return problems
+
+
+def _teacher_problems(name: str, vocab_size: int, has_encoder: bool, tokenizer: Tokenizer) -> list[str]:
     teacher = open_model_files(name)
     problems = []
+    if teacher.config.has_encoder != has_encoder:
+        kinds = ("a decoder", "an encoder-decoder")
+        problems.append(
+            f"tuning.distillation.teacher is {name}: it is {kinds[teacher.config.has_encoder]}, and the "
+            f"student {kinds[has_encoder]}; they do not read alike."
+        )
     if teacher.config.vocab_size != vocab_size:
         problems.append(
             f"tuning.distillation.teacher is {name}: it has {teacher.config.vocab_size} tokens and the "
@@ -169,8 +196,7 @@ def _write_examples(config: RunConfig, tokenizer: Tokenizer, progress: Progress)
         validation = read_conversations(tuning.validation_data, *read)
     else:
         train, validation = keep_apart(train, tuning.validation_share, config.seed)
-    around = _around(tuning)
-    renderer = Renderer(tokenizer, tuning.loss_on, _longest(config) + 1, tuning.too_long, around)
+    renderer = _renderer(config, tokenizer)
     total = len(train) + len(validation)
     written = []
     for split, conversations in (("train", train), ("validation", validation)):
@@ -186,7 +212,26 @@ def _write_examples(config: RunConfig, tokenizer: Tokenizer, progress: Progress)
         if examples:
             written.append(ExampleFile.of(examples))
             written[-1].write(path)
+    config = with_target_length(config, written[0])
     return describe(config, tokenizer, renderer, written[0], written[1] if len(written) > 1 else None)
+
+
+def _renderer(config: RunConfig, tokenizer: Tokenizer) -> Renderer | PairRenderer:
+    tuning, longest = tuning_of(config), _longest(config)
+    rest = (tuning.too_long, _around(tuning))
+    if config.model.has_encoder:
+        target = config.data.target_length(has_encoder=True)
+        return PairRenderer(tokenizer, tuning.loss_on, longest, target, *rest)
+    return Renderer(tokenizer, tuning.loss_on, longest + 1, *rest)
+
+
+def with_target_length(config: RunConfig, train: ExampleFile) -> RunConfig:
+    """What an encoder-decoder has room to write, where it is not said: as the examples need it."""
+    objective = config.data.objective
+    if not config.model.has_encoder or objective.target_length is not None:
+        return config
+    length = fitting_target(train, config.data.sequence_length, tuning_of(config).packing)
+    return replace(config, data=replace(config.data, objective=replace(objective, target_length=length)))
 
 
 def _longest(config: RunConfig) -> int:
@@ -229,13 +274,15 @@ def keep_apart(
 
 
 def _render(
-    renderer: Renderer, conversations: Sequence[Conversation], done: int, total: int, progress: Progress
+    renderer: Renderer | PairRenderer,
+    conversations: Sequence[Conversation],
+    done: int,
+    total: int,
+    progress: Progress,
 ) -> list[Example]:
-    examples = []
+    examples: list[Example] = []
     for number, conversation in enumerate(conversations, done + 1):
-        example = renderer.example(conversation)
-        if example is not None:
-            examples.append(example)
+        examples += renderer.examples(conversation)
         progress("reading conversations", number, total, "conversations")
     return examples
 
@@ -253,9 +300,7 @@ def _with_steps(config: RunConfig, train: Path) -> RunConfig:
 def training_stream(config: RunConfig, examples: ExampleFile) -> ExampleStream:
     """Endless samples of the training examples."""
     seed = config.seed if config.data.seed is None else config.data.seed
-    return ExampleStream(
-        examples, config.data.sequence_length, tuning_of(config).packing, _padding_id(config), seed
-    )
+    return _stream(config, examples, seed=seed)
 
 
 def validation_stream(config: RunConfig, num_samples: int | None) -> ExampleStream | None:
@@ -263,16 +308,13 @@ def validation_stream(config: RunConfig, num_samples: int | None) -> ExampleStre
     path = examples_path(config, "validation")
     if not path.exists():
         return None
-    packs = tuning_of(config).packing
-    return ExampleStream(
-        ExampleFile.read(path),
-        config.data.sequence_length,
-        packs,
-        _padding_id(config),
-        is_endless=False,
-        num_samples=num_samples,
-    )
+    return _stream(config, ExampleFile.read(path), is_endless=False, num_samples=num_samples)
 
 
-def _padding_id(config: RunConfig) -> int:
-    return Tokenizer.from_pretrained(Path(config.run_dir) / "tokenizer").padding_id
+def _stream(config: RunConfig, examples: ExampleFile, **options: Any) -> ExampleStream:
+    length, options = config.data.sequence_length, {**options, "packs": tuning_of(config).packing}
+    if config.model.has_encoder:
+        target = config.data.target_length(has_encoder=True)
+        return PairStream(examples, length, target, config.model, **options)
+    padding = Tokenizer.from_pretrained(Path(config.run_dir) / "tokenizer").padding_id
+    return ExampleStream(examples, length, padding_id=padding, **options)

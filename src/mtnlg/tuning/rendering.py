@@ -65,6 +65,11 @@ class Renderer:
         self._writer: ChatPieces = tokenizer.chat_pieces()
         self._tool_writer = tokenizer.chat_pieces(for_tools=True)
 
+    def examples(self, conversation: Conversation) -> list[Example]:
+        """The one of :meth:`example`, or none."""
+        found = self.example(conversation)
+        return [] if found is None else [found]
+
     def example(self, conversation: Conversation) -> Example | None:
         """The example of a conversation; ``None`` where nothing of it fits or is scored.
 

@@ -8,6 +8,7 @@ from mtnlg.config import RunConfig
 from mtnlg.tokens import Tokenizer
 from mtnlg.tuning.example_file import ExampleFile
 from mtnlg.tuning.packing import fixed_rows
+from mtnlg.tuning.pairs import PairRenderer, lengths_of, places_of
 from mtnlg.tuning.rendering import Renderer
 
 NUM_SHOWN = 3
@@ -18,7 +19,7 @@ OPEN, CLOSE = "⟦", "⟧"
 def describe(
     config: RunConfig,
     tokenizer: Tokenizer,
-    renderer: Renderer,
+    renderer: Renderer | PairRenderer,
     train: ExampleFile,
     validation: ExampleFile | None,
 ) -> str:
@@ -34,22 +35,49 @@ def describe(
     lines = [_split_line("training", train)]
     if validation is not None:
         lines.append(_split_line("validation", validation))
-    lines.append(_quantiles("tokens of an example", train.lengths))
-    lines.append(_quantiles("scored tokens of one", train.scored_counts))
-    length, packs = config.data.sequence_length, bool(config.tuning and config.tuning.packing)
-    rows = fixed_rows((train.lengths - 1).tolist(), length, packs)
-    filled = float((train.lengths - 1).sum()) / (len(rows) * length)
-    how = "packed into" if packs else "one each in"
-    lines.append(f"{how} {len(rows)} samples of {length} tokens, {100 * filled:.1f} % of them filled")
+    lines += _of_pairs(config, train) if config.model.has_encoder else _of_texts(config, train)
     if renderer.num_cut or renderer.num_left_out:
         lines.append(
-            f"longer than {length} tokens: {renderer.num_cut} conversations cut, "
+            f"longer than {config.data.sequence_length} tokens: {renderer.num_cut} conversations cut, "
             f"{renderer.num_left_out} left out (tuning.too_long, data.sequence_length)"
         )
     lines.append(f"examples, what is learnt between {OPEN} and {CLOSE}:")
     for number in range(min(NUM_SHOWN, len(train))):
         lines += [f"-- example {number + 1}", marked_text(tokenizer, *train.example(number))]
     return "\n".join(lines)
+
+
+def _of_texts(config: RunConfig, train: ExampleFile) -> list[str]:
+    length = config.data.sequence_length
+    lines = [
+        _quantiles("tokens of an example", train.lengths),
+        _quantiles("scored tokens of one", train.scored_counts),
+    ]
+    how, rows = _rows(config, (train.lengths - 1).tolist())
+    filled = float((train.lengths - 1).sum()) / (rows * length)
+    return [*lines, f"{how} {rows} samples of {length} tokens, {100 * filled:.1f} % of them filled"]
+
+
+def _of_pairs(config: RunConfig, train: ExampleFile) -> list[str]:
+    """Of an encoder-decoder: what is read and what is written."""
+    read, written = config.data.sequence_length, config.data.target_length(has_encoder=True)
+    sources, targets = lengths_of(train)
+    how, rows = _rows(config, places_of(train, read, written).tolist())
+    of_sources = 100 * float(sources.sum()) / (rows * read)
+    of_targets = 100 * float(targets.sum()) / (rows * written)
+    return [
+        _quantiles("tokens the encoder reads of an example", sources),
+        _quantiles("tokens the decoder writes of one", targets),
+        f"{how} {rows} samples of {read} tokens to read and {written} to write, {of_sources:.1f} % and "
+        f"{of_targets:.1f} % of them filled",
+    ]
+
+
+def _rows(config: RunConfig, places: list[int]) -> tuple[str, int]:
+    """How examples become samples, and how many."""
+    packs = bool(config.tuning and config.tuning.packing)
+    count = len(fixed_rows(places, config.data.sequence_length, packs))
+    return "packed into" if packs else "one each in", count
 
 
 def marked_text(tokenizer: Tokenizer, ids: np.ndarray, scored: np.ndarray) -> str:

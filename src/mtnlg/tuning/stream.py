@@ -43,9 +43,9 @@ class ExampleStream:
     ) -> None:
         self.examples, self.sequence_length, self.packs = examples, sequence_length, packs
         self._padding_id, self._seed = padding_id, seed
-        self._widths = (examples.lengths - 1).tolist()
+        self._widths = self._places()
         self._digest = examples.digest
-        self._key = f"{self._digest} {sequence_length} {packs} {seed}"
+        self._key = self._described()
         self._epochs: list[list[list[int]]] = []
         self._starts = [0]  # first sample of each epoch
         self.num_samples = None
@@ -70,13 +70,24 @@ class ExampleStream:
             tensors [rows, sequence_length]; document and position ids where samples are packed.
         """
         first, stop = count * replica // num_replicas, count * (replica + 1) // num_replicas
-        shape = (stop - first, self.sequence_length)
+        return self._batch_of([self._row(number) for number in range(position + first, position + stop)])
+
+    def _places(self) -> list[int]:
+        """Places of a sample that each example takes."""
+        return (self.examples.lengths - 1).tolist()
+
+    def _described(self) -> str:
+        """What decides the samples."""
+        return f"{self._digest} {self.sequence_length} {self.packs} {self._seed}"
+
+    def _batch_of(self, rows: list[list[int]]) -> Batch:
+        """Samples of the examples with these numbers."""
+        shape = (len(rows), self.sequence_length)
         inputs = np.full(shape, self._padding_id, dtype=np.int64)
         labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
         documents, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        for row, number in enumerate(range(position + first, position + stop)):
+        for row, chosen in enumerate(rows):
             end = 0
-            chosen = self._row(number)
             for document, example in enumerate(chosen):
                 ids, scored = self.examples.example(example)
                 place = slice(end, end + len(ids) - 1)

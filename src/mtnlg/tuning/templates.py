@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mtnlg.config import ConfigError
 from mtnlg.tokens import Tokenizer
-from mtnlg.tokens.chat_template import DEFAULT_CHAT_TEMPLATE
+from mtnlg.tokens.chat_template import DEFAULT_CHAT_TEMPLATE, READER_CHAT_TEMPLATE
 from mtnlg.tokens.tokenizer import DIALOGUE_ROLES, END_OF_TURN
 
 # For tokenizers without special tokens for turns: names on lines of their own; the end of the text ends
@@ -35,13 +35,15 @@ def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
         ConfigError: the file cannot be read, or is no template.
     """
     source = tokenizer.chat_template if template is None else _read(template)
-    changed = Tokenizer(tokenizer.definition, tokenizer.settings)
+    changed = type(tokenizer)(tokenizer.definition, tokenizer.settings)
     changed.chat_template = source or _own(tokenizer)
     changed.chat_pieces().render([{"role": "user", "content": "?"}], add_generation_prompt=True)
     return changed
 
 
 def _own(tokenizer: Tokenizer) -> str:
+    if tokenizer.ends_texts:
+        return READER_CHAT_TEMPLATE
     has_turns = {*DIALOGUE_ROLES.values(), END_OF_TURN} <= set(tokenizer.special_tokens)
     return DEFAULT_CHAT_TEMPLATE if has_turns else TEXT_CHAT_TEMPLATE
 
