@@ -9,7 +9,7 @@ Face family computes keeps our own names. ``mtnlg_adapter.json`` says what PEFT 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
-from mtnlg.config.adapter import AdapterConfig
+from mtnlg.config.adapter import EMBEDDING_TARGET, HEAD_TARGET, AdapterConfig
 from mtnlg.interop.adapter import Adapter, LowRank
 from mtnlg.interop.architectures import nearest_architecture
 from mtnlg.interop.rule import Rule
@@ -30,7 +30,9 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 OWN_NAME = "mtnlg_adapter.json"
 _PREFIX, _PROMPT = "base_model.model.", "prompt_embeddings"
 _DOWN, _UP, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+_DOWN_OF_EMBEDDING, _UP_OF_EMBEDDING = ".lora_embedding_A", ".lora_embedding_B"
 _TYPES = {"LORA": "lora", "PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
+_ENDS = (EMBEDDING_TARGET, HEAD_TARGET)
 # What would change the model beside what we read, and its harmless values.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
@@ -151,8 +153,9 @@ def _fields(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _matrices(config: MegatronModelConfig) -> list[Rule]:
     """Their matrices and which of ours they hold, by names without ``.weight``, untransposed."""
+    untied = replace(config, tie_word_embeddings=False)  # a tied head has a name of its own, too
     try:
-        found = rules(nearest_architecture(config).model_type, config)
+        found = rules(nearest_architecture(config).model_type, untied)
     except ConfigError:
         return []
     return [
@@ -161,10 +164,13 @@ def _matrices(config: MegatronModelConfig) -> list[Rule]:
             theirs=rule.theirs.removesuffix(".weight"),
             ours=tuple(name.removesuffix(".weight") for name in rule.ours),
             is_transposed=False,
+            sizes=rule.sizes if len(rule.ours) > 1 else None,  # an embedding's update has other rows
             shape=None,
         )
         for rule in found
-        if rule.expert is None and rule.theirs.endswith(".weight") and rule.ours[0].startswith("layers.")
+        if rule.expert is None
+        and rule.theirs.endswith(".weight")
+        and (rule.ours[0].startswith("layers.") or rule.ours[0].removesuffix(".weight") in _ENDS)
     ]
 
 
@@ -178,10 +184,10 @@ def _lora_to_peft(
         parts = {name: left.pop(name) for name in rule.ours if name in left}
         if parts:
             joined = _joined(rule, parts, config)
-            tensors |= _named(rule.theirs, joined)
+            tensors |= _named(rule.theirs, joined, rule.ours[0] == EMBEDDING_TARGET)
             ranks[rule.theirs] = len(joined.down)
     for name, one in left.items():
-        tensors |= _named(name, one)
+        tensors |= _named(name, one, name == EMBEDDING_TARGET)
         ranks[name] = len(one.down)
     grown = {name: rank for name, rank in ranks.items() if rank != made.rank}
     power = 0.5 if made.rank_stabilized else 1.0
@@ -208,8 +214,10 @@ def _has_transposed(config: MegatronModelConfig) -> bool:
         return False
 
 
-def _named(theirs: str, one: LowRank) -> dict[str, Tensor]:
+def _named(theirs: str, one: LowRank, is_embedding: bool) -> dict[str, Tensor]:
     name = f"{_PREFIX}{theirs}"
+    if is_embedding:
+        return {f"{name}{_DOWN_OF_EMBEDDING}": one.down, f"{name}{_UP_OF_EMBEDDING}": one.up}
     tensors = {f"{name}{_DOWN}": one.down, f"{name}{_UP}": one.up}
     if one.magnitude is not None:
         tensors[f"{name}{_MAGNITUDE}"] = one.magnitude
@@ -260,19 +268,25 @@ def _lora_from_peft(
 ) -> dict[str, LowRank]:
     known = {rule.theirs: rule for rule in _matrices(config)}
     low_rank: dict[str, LowRank] = {}
-    left = set(tensors)
+    left = set(tensors) - _copies_of_base(tensors, known.values(), config)
     for key in sorted(tensors):
-        if not key.endswith(_DOWN):
+        down_ends = next((end for end in (_DOWN, _DOWN_OF_EMBEDDING) if key.endswith(end)), None)
+        if down_ends is None:
             continue
-        theirs = key.removeprefix(_PREFIX).removesuffix(_DOWN)
-        names = [f"{_PREFIX}{theirs}{ending}" for ending in (_DOWN, _UP, _MAGNITUDE)]
+        up_ends = _UP if down_ends == _DOWN else _UP_OF_EMBEDDING
+        theirs = key.removeprefix(_PREFIX).removesuffix(down_ends)
+        names = [f"{_PREFIX}{theirs}{ending}" for ending in (down_ends, up_ends, _MAGNITUDE)]
         down, up, magnitude = (tensors.get(name) for name in names)
         left -= set(names)
         rule = known.get(theirs)
-        if rule is None and theirs.startswith("layers."):
+        if rule is None and (theirs.startswith("layers.") or theirs in _ENDS):
             rule = Rule(theirs, (theirs,))
         if rule is None or down is None or up is None:
-            problem = "lora_B is missing" if rule is not None else "no such matrix is in the model"
+            problem = (
+                f"{up_ends.split('.')[1]} is missing"
+                if rule is not None
+                else "no such matrix is in the model"
+            )
             raise CheckpointError(f"{where}: the adapter does not fit the model: {theirs}: {problem}.")
         scale = _scale(saved, made, theirs, len(down))
         low_rank |= _apart(rule, LowRank(down, up, scale, magnitude), made)
@@ -280,6 +294,20 @@ def _lora_from_peft(
         shown = ", ".join(sorted(left)[:6])
         raise CheckpointError(f"{where}: the adapter does not fit the model: left over are {shown}.")
     return low_rank
+
+
+def _copies_of_base(
+    tensors: Mapping[str, Tensor], known: Iterable[Rule], config: MegatronModelConfig
+) -> set[str]:
+    """Embedding and head of the base, which PEFT writes too where one of them has an update."""
+    shape = [config.vocab_size, config.embedding_width]
+    names = {
+        f"{_PREFIX}{rule.theirs}{ending}"
+        for rule in known
+        if rule.ours[0] in _ENDS
+        for ending in (".weight", ".base_layer.weight")
+    }
+    return {name for name in names if name in tensors and list(tensors[name].shape) == shape}
 
 
 def _apart(rule: Rule, one: LowRank, made: AdapterConfig) -> dict[str, LowRank]:
@@ -313,7 +341,7 @@ def _scale(saved: Mapping[str, Any], made: AdapterConfig, theirs: str, rank: int
 
 
 def _endings(low_rank: Mapping[str, LowRank]) -> list[str]:
-    return sorted({name.split(".", 2)[2] for name in low_rank})
+    return sorted({name if name in _ENDS else name.split(".", 2)[2] for name in low_rank})
 
 
 # -- virtual tokens
