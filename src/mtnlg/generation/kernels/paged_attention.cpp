@@ -13,7 +13,8 @@
 namespace {
 
 constexpr int64_t kPage = 16;  // tokens
-constexpr int kChains = 4;     // sums that do not wait for each other
+constexpr int kChains = 4;  // sums that do not wait for each other
+constexpr int64_t kSharesOfThread = 4;
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
@@ -162,38 +163,50 @@ inline float weigh(float* scores, int64_t length) {
   return sum_of(total);
 }
 
-// All queries of one token that look at one head of keys. ``space`` holds floats.
+// Some heads of keys of one token, and all queries that look at them.
+struct Task {
+  const int64_t* pages;
+  int64_t length, first, heads;
+  int64_t num_pages() const { return (length + kPage - 1) / kPage; }
+};
+
+// use(page, head, its keys or values, what is read next), in the order in which they lie in memory: heads of a
+// page lie beside each other, and memory gives twice as much for whole pages as for single heads of them.
+template <typename Value, typename Use>
+inline void for_each_head(const Sizes& s, const Task& task, const Value* pool, Use use) {
+  const int64_t size = s.head_size * kPage, last = task.num_pages() - 1;
+  for (int64_t p = 0; p <= last; ++p) {
+    const Value* here = pool + task.pages[p] * s.page() + task.first * size;
+    const Value* next_page = pool + task.pages[std::min(p + 1, last)] * s.page() + task.first * size;
+    for (int64_t h = 0; h < task.heads; ++h, here += size) {
+      use(p, h, here, h + 1 < task.heads ? here + size : next_page);
+    }
+  }
+}
+
+// ``query`` and ``found`` are those of the task's first head. ``space`` holds floats.
 template <typename Number>
-void attend_head(const Sizes& s, const Pools<Number>& pools, const typename Number::Value* query,
-                 typename Number::Value* found, int64_t head, const int64_t* pages, int64_t length,
-                 std::vector<float>& space) {
-  const int64_t num_pages = (length + kPage - 1) / kPage, own = head * s.head_size * kPage;
-  space.resize(s.queries * (2 * s.head_size + num_pages * kPage));
-  float *scaled = space.data(), *sums = scaled + s.queries * s.head_size;
-  float* scores = sums + s.queries * s.head_size;
+void attend_heads(const Sizes& s, const Pools<Number>& pools, const typename Number::Value* query,
+                  typename Number::Value* found, const Task& task, std::vector<float>& space) {
+  typedef const typename Number::Value* Values;
+  const int64_t queries = task.heads * s.queries, numbers = queries * s.head_size, row = task.num_pages() * kPage;
+  space.resize(2 * numbers + queries * (row + 1));
+  float *scaled = space.data(), *sums = scaled + numbers, *scores = sums + numbers, *totals = scores + queries * row;
   const float scale = 1.0f / std::sqrt(float(s.head_size));
-  for (int64_t i = 0; i < s.queries * s.head_size; ++i) scaled[i] = Number::get(query[i]) * scale, sums[i] = 0;
-  for (int64_t p = 0; p < num_pages; ++p) {
-    const auto* keys = pools.keys + pages[p] * s.page() + own;
-    const auto* next = p + 1 < num_pages ? pools.keys + pages[p + 1] * s.page() + own
-                                         : pools.values + pages[0] * s.page() + own;
-    for (int64_t q = 0; q < s.queries; ++q) {
+  for (int64_t i = 0; i < numbers; ++i) scaled[i] = Number::get(query[i]) * scale, sums[i] = 0;
+  for_each_head(s, task, Values(pools.keys), [&](int64_t p, int64_t h, Values keys, Values next) {
+    for (int64_t q = h * s.queries; q < (h + 1) * s.queries; ++q) {
       const Floats of_page = scores_of<Number>(keys, scaled + q * s.head_size, s.head_size, next);
-      std::memcpy(scores + (q * num_pages + p) * kPage, &of_page, 64);
+      std::memcpy(scores + q * row + p * kPage, &of_page, 64);
     }
-  }
-  float totals[s.queries];
-  for (int64_t q = 0; q < s.queries; ++q) totals[q] = weigh(scores + q * num_pages * kPage, length);
-  for (int64_t p = 0; p < num_pages; ++p) {
-    const auto* values = pools.values + pages[p] * s.page() + own;
-    const auto* next = p + 1 < num_pages ? pools.values + pages[p + 1] * s.page() + own : values;
-    for (int64_t q = 0; q < s.queries; ++q) {
-      add_values<Number>(values, scores + (q * num_pages + p) * kPage, sums + q * s.head_size, s, next);
+  });
+  for (int64_t q = 0; q < queries; ++q) totals[q] = weigh(scores + q * row, task.length);
+  for_each_head(s, task, Values(pools.values), [&](int64_t p, int64_t h, Values values, Values next) {
+    for (int64_t q = h * s.queries; q < (h + 1) * s.queries; ++q) {
+      add_values<Number>(values, scores + q * row + p * kPage, sums + q * s.head_size, s, next);
     }
-  }
-  for (int64_t i = 0; i < s.queries * s.head_size; ++i) {
-    found[i] = Number::put(sums[i] / totals[i / s.head_size]);
-  }
+  });
+  for (int64_t i = 0; i < numbers; ++i) found[i] = Number::put(sums[i] / totals[i / s.head_size]);
 }
 
 template <typename Number>
@@ -202,6 +215,10 @@ void attend(const Sizes& s, const void* parts, void* found, const Pools<Number>&
   const auto* rows = static_cast<const typename Number::Value*>(parts);
   auto* outputs = static_cast<typename Number::Value*>(found);
   const int64_t own = s.queries * s.head_size, count = s.tokens * s.heads;
+  // Whole tokens where there are many, else some heads of them each: small shares until all is done, so that a
+  // thread whose core has other work delays nobody.
+  const int64_t wanted = std::min(s.heads, (kSharesOfThread * s.threads + s.tokens - 1) / s.tokens);
+  const int64_t heads = (s.heads + wanted - 1) / wanted, shares = (s.heads + heads - 1) / heads;
 #pragma omp parallel num_threads(s.threads)
   {
     if (new_pages) {  // all are filed before any is read: tokens may follow each other
@@ -212,12 +229,12 @@ void attend(const Sizes& s, const void* parts, void* found, const Pools<Number>&
       }
     }
     std::vector<float> space;
-    // Small shares until all is done: a thread whose core has other work delays nobody.
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t token = i / s.heads, head = i % s.heads;
-      attend_head<Number>(s, pools, rows + token * s.row + head * own, outputs + i * own, head,
-                          pages + token * s.table, lengths[token], space);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < s.tokens * shares; ++i) {
+      const int64_t token = i / shares, first = i % shares * heads;
+      const Task task{pages + token * s.table, lengths[token], first, std::min(heads, s.heads - first)};
+      attend_heads<Number>(s, pools, rows + token * s.row + first * own,
+                           outputs + (token * s.heads + first) * own, task, space);
     }
   }
 }
