@@ -1,52 +1,36 @@
-"""GGUF files, read by the format's own library and run by llama.cpp."""
+"""GGUF files, read by the format's own library and by us; tests/interop/test_llama_cpp.py runs them."""
 
 from __future__ import annotations
 
 import json
 import re
+import struct
 
 import pytest
 import torch
-from tests.interop.llama import ask, needs_llama_cpp
-from tests.interop.test_hugging_face import LLAMA, random_model
+from tests.interop.gguf_models import FAMILIES, IDS, LLAMA, SIZES, TEXTS, continued, model_of, write
 
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
 from mtnlg.interop import write_gguf
-from mtnlg.interop.gguf_file import PRECISIONS
+from mtnlg.interop.k_quants import K_QUANTS, quantize_k
 from mtnlg.tokens import Tokenizer
 from mtnlg.training.model_files import open_model_files
 
 gguf = pytest.importorskip("gguf", reason="needs the interop extra (gguf)")
-TEXTS = [
-    "秋天的夜晚，星光闪烁。我们在山上看月亮，听风吹过松林。",
-    'The value of x is 12345, isn\'t it? He said: "no".',
-    "  def f(self):\n\treturn self.value_1 + 2\n\n",
-    "Größe, naïve, Привет мир! 你好，world 2024年 🙂🎉",
-]
-FAMILIES = {
-    "gpt2": dict(activation_function="gelu_tanh"),
-    "gpt2-untied": dict(activation_function="gelu_tanh", tie_word_embeddings=False),
-    "llama": dict(**LLAMA, tie_word_embeddings=False),
-    "llama-biases": LLAMA | dict(attention_bias=True, mlp_bias=True),
-    "llama-head-dim": LLAMA | dict(head_dim=24),
-    "llama-3.1": LLAMA
-    | dict(
-        rotary_scaling=dict(
-            rope_type="llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=64,
-        ),
-        head_dim=24,
-    ),
-    "llama-linear": LLAMA | dict(rotary_scaling=dict(rope_type="linear", factor=4.0)),
-    "qwen2": LLAMA | dict(attention_bias=True, attention_output_bias=False),
-    "qwen3": LLAMA | dict(qk_normalization=True, head_dim=32),
-    "mixtral": LLAMA | dict(num_experts=4, moe_intermediate_size=64, tie_word_embeddings=False),
-    "qwen3_moe": LLAMA | dict(qk_normalization=True, num_experts=4, moe_intermediate_size=64),
+MAY_DIFFER = {  # what files do not say, or say where we leave it to be derived
+    *("init_method_std", "exported_as", "attention_output_bias", "num_key_value_heads", "attention_scalar"),
+    *("num_decoder_layers", "scale_output", "intermediate_size"),
 }
-SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=256)
+MORE_DIFFERS = {  # what the family's keys have no word for
+    "llama-3.1": {"rotary_scaling"},
+    "llama-yarn": {"rotary_scaling"},
+    "llama-longrope": {"rotary_scaling"},
+    "phi3-longrope": {"rotary_scaling"},
+    "qwen2-yarn": {"rotary_scaling"},
+    "mistral-window": {"sliding_window", "max_position_embeddings"},
+    "gpt_neox-serial": {"tie_word_embeddings"},
+    "qwen2_moe": {"tie_word_embeddings"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,222 +38,251 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(TEXTS * 3, vocab_size=330, min_frequency=1)
 
 
-def model_of(**fields):
-    return random_model(**{**SIZES, "vocab_size": 340, **fields})
+def changed(path, *pairs):
+    """The same file with some bytes for others."""
+    content = path.read_bytes()
+    for old, new in pairs:
+        assert old in content and len(old) == len(new)
+        content = content.replace(old, new)
+    found = path.with_name("changed.gguf")
+    found.write_bytes(content)
+    return found
 
 
-def stream_of(model):
-    state = model.state_dict()
-    return lambda names: ((name, state[name]) for name in names)
-
-
-def write(path, model, *args, **kwargs):
-    return write_gguf(path, model.config, stream_of(model), *args, **kwargs)
-
-
-def greedy(model, ids, count):
-    ids = list(ids)
-    with torch.no_grad():
-        for _ in range(count):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[-count:]
-
-
-@needs_llama_cpp
-def test_llama_cpp_computes_every_family(tmp_path, tokenizer):
-    ids = [tokenizer.encode(text)[:20] for text in TEXTS]
-    models = {name: model_of(**fields) for name, fields in FAMILIES.items()}
-    tasks = [
-        dict(file=write(tmp_path / f"{name}.gguf", model, tokenizer, "f32"), prompts=TEXTS, ids=ids, new=8)
-        for name, model in models.items()
-    ]
-    for (name, model), found in zip(models.items(), ask(*tasks)):
-        assert found["tokens"] == [tokenizer.encode(text) for text in TEXTS]
-        for row, logits, chosen in zip(ids, found["logits"], found["greedy"]):
-            with torch.no_grad():
-                ours = model(torch.tensor([row])).logits[0]
-            # llama.cpp looks its GELU up in a table of float16
-            bound = 5e-3 if name.startswith("gpt2") else 1e-5
-            assert (torch.tensor(logits) - ours).abs().max() <= bound * ours.abs().max(), name
-            assert chosen == greedy(model, row, 8), name
-
-
-@needs_llama_cpp
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_llama_cpp_computes_with_every_precision(tmp_path, tokenizer, family):
-    """Beside our model with the file's numbers: what differs then is how products are rounded."""
-    ids = tokenizer.encode(TEXTS[0])[:20]
-    model = model_of(**FAMILIES[family])
-    files = [write(tmp_path / f"{name}.gguf", model, tokenizer, name) for name in PRECISIONS]
-    for path, found in zip(files, ask(*(dict(file=path, ids=[ids], new=1) for path in files))):
-        rounded = model_of(**FAMILIES[family])
-        rounded.load_state_dict(as_stored(path, rounded), strict=False)
-        with torch.no_grad():
-            ours = rounded(torch.tensor([ids])).logits[0]
-        difference = (torch.tensor(found["logits"][0]) - ours).abs().max() / ours.abs().max()
-        assert difference < (0.05 if "_" in path.stem else 0.01), path.stem
-
-
-def as_stored(path, model):
-    """The numbers of a file under our names."""
-    from mtnlg.interop.gguf_families import gguf_tensors
-
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    state = {}
-    for tensor in gguf_tensors(model.config):
-        if not tensor.ours:
-            continue
-        found = stored[tensor.name]
-        whole = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type).copy())
-        whole = whole.float().reshape(tensor.shape)
-        if tensor.heads is not None:
-            whole = whole.unflatten(0, (tensor.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        state |= zip(tensor.ours, whole.chunk(len(tensor.ours)) if len(tensor.ours) > 1 else [whole])
-    return state
-
-
-@needs_llama_cpp
-def test_text_and_chat_template_go_along(tmp_path, tokenizer):
-    """A model that has learned two texts by heart says them in llama.cpp, too."""
-    told = Tokenizer(tokenizer.definition, {"chat_template": "{{ messages[0].content }}<|end|>"})
-    model = random_model(**{**SIZES, **FAMILIES["llama"], "vocab_size": 340})
-    learn_by_heart(model, [told.encode(text) for text in TEXTS[:2]])
-    path = write(tmp_path / "m.gguf", model, told, "f32")
-    (found,) = ask(dict(file=path, complete=["秋天的夜晚，", "The value"], new=8))
-    assert found["template"] == "{{ messages[0].content }}<|end|>"
-    for text, prompt, continued in zip(TEXTS, ("秋天的夜晚，", "The value"), found["texts"]):
-        assert len(continued) > 3 and text.startswith(prompt + continued)
-
-
-def learn_by_heart(model, rows):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        loss = sum(model(torch.tensor([row[:-1]]), labels=torch.tensor([row[1:]])).loss for row in rows)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    model.eval()
-
-
-def test_nothing_is_lost_at_full_precision(tmp_path, tokenizer):
-    for name, fields in FAMILIES.items():
-        model = model_of(**fields)
-        state = as_stored(write(tmp_path / f"{name}.gguf", model, tokenizer, "f32"), model)
-        expected = dict(model.state_dict())
-        if model.config.tie_word_embeddings:
-            del expected["head.output.weight"]
-        assert state.keys() == expected.keys()
-        assert all(torch.equal(state[key], expected[key]) for key in expected), name
-
-
-@pytest.mark.parametrize("precision", ["f32", "f16", "bf16", "q8_0", "q4_0"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "rotary_scaling" not in FAMILIES[name]])
-def test_a_file_is_a_model_again(tmp_path, tokenizer, name, precision):
-    """The weights as the file's own library reads them; the same tokens; the same architecture."""
-    told = Tokenizer(tokenizer.definition, {"chat_template": "{{ messages[0].content }}"})
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_and_back_is_the_same_model(tmp_path, name):
+    """Bit for bit and in every field; and without what only we write, as others' files are, it is as good."""
     model = model_of(**FAMILIES[name])
-    files = open_model_files(write(tmp_path / "m.gguf", model, told, precision))
+    path = write(tmp_path / "m.gguf", model, None, "f32")
+    files = open_model_files(path)
+    state = dict(model.state_dict())
+    assert files.config == model.config
+    found = files.read()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], state[key]) for key in state)
+    header = gguf.GGUFReader(path)
+    table = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[_architecture(header)]}
+    names = {re.sub(r"\.\d+\.", ".{bid}.", tensor.name).rpartition(".")[0] for tensor in header.tensors}
+    assert names - {"rope_factors_long", "rope_factors_short"} <= table, "the format's own tables"
+
+    pairs = [(b"mtnlg.config", b"other.config")]
+    if any(field.name == "mtnlg.exact" for field in header.fields.values()):
+        pairs.append((b"mtnlg.exact", b"other.exact"))
+    others = open_model_files(changed(path, *pairs))
     differing = {
-        field
-        for field, value in model.config.to_dict().items()
-        if getattr(files.config, field) != value and field != "init_method_std"
+        field for field, value in model.config.to_dict().items() if getattr(others.config, field) != value
     }
-    assert differing <= {"intermediate_size", "num_key_value_heads", "moe_intermediate_size"} | OPTIONAL
-    expected = as_stored(tmp_path / "m.gguf", model)
-    weights = dict(files.stream(None))
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[key].float(), expected[key]) for key in expected)
-    assert files.tokenizer.chat_template == told.chat_template
-    assert files.tokenizer.special_tokens == told.special_tokens
+    assert differing <= MAY_DIFFER | MORE_DIFFERS.get(name, set())
+    again = type(model)(others.config).eval()
+    again.load_state_dict(others.read())
+    ours, theirs = (continued(one, IDS[0], 1)[0] for one in (model, again))
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+def _architecture(header):
+    name = header.fields["general.architecture"].contents()
+    return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+
+
+def test_our_own_words_are_not_believed_where_the_file_says_otherwise(tmp_path):
+    model = model_of(**FAMILIES["gemma2"])
+    path = write(tmp_path / "m.gguf", model, None, "f32")
+    key = b"gemma2.attn_logit_softcapping" + struct.pack("<If", 6, 50.0)
+    files = open_model_files(changed(path, (key, key[:-4] + struct.pack("<f", 25.0))))
+    assert files.config.attention_softcap == 25.0
+    norm = model.state_dict()["head.norm.weight"]
+    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "output_norm.weight")
+    start = int(stored.data_offset)
+    content = bytearray(path.read_bytes())
+    content[start : start + 4] = struct.pack("<f", 3.0)
+    path.write_bytes(content)
+    found = open_model_files(path).read()["head.norm.weight"]
+    assert found[0] == 2.0 and torch.allclose(found[1:], norm[1:], atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["f16", "q8_0", "q4_0", "q4_k_m", "q2_k"])
+def test_few_bits_are_numbers_again(tmp_path, precision):
+    """As the file's own library makes numbers of them, also of some rows only."""
+    model = model_of(**LLAMA | dict(hidden_size=256, intermediate_size=512, exported_as="phi3"))
+    path = write(tmp_path / "m.gguf", model, None, precision)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    files = open_model_files(path)
+    weights = files.read()
+    whole = stored["blk.1.attn_qkv.weight"]
+    expected = torch.from_numpy(gguf.quants.dequantize(whole.data, whole.tensor_type)).float()
+    joined = [weights[f"layers.1.attention.{part}.weight"].float() for part in ("query", "key", "value")]
+    assert torch.equal(torch.cat(joined), expected)
+    name = "layers.1.mlp.up.weight"
+    ((_, part),) = files.stream([name], lambda _, view: view[7:9, 3:200])
+    assert torch.equal(part, weights[name][7:9, 3:200])
+
+
+def test_k_formats_lose_little():
+    """Of what a number is: measured once beside ggml's own quantizer (tests/interop/test_llama_cpp.py)."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(40, 512, generator=generator)
+    bounds = {"Q2_K": 0.28, "Q3_K": 0.148, "Q4_K": 0.073, "Q5_K": 0.0368, "Q6_K": 0.0179}
+    assert bounds.keys() == K_QUANTS.keys()
+    for scale in (1e-3, 1.0, 300.0):
+        for name, bound in bounds.items():
+            coded = quantize_k(numbers * scale, name)
+            back = gguf.quants.dequantize(coded.numpy(), gguf.GGMLQuantizationType[name])
+            error = (torch.from_numpy(back) / scale - numbers).square().mean().sqrt()
+            assert 0.5 * bound < error < bound, (name, scale)
+    flat = torch.cat((torch.zeros(2, 256), torch.full((2, 256), 0.25), torch.full((2, 256), -3.0)))
+    flat[1, 17] = 1e-30
+    for name in K_QUANTS:
+        coded = quantize_k(flat, name).numpy()
+        back = torch.from_numpy(gguf.quants.dequantize(coded, gguf.GGMLQuantizationType[name]))
+        assert (back - flat).abs().max() <= 0.02, name
+
+
+def test_which_tensors_have_more_bits(tmp_path):
+    fields = LLAMA | dict(hidden_size=256, num_hidden_layers=4, tie_word_embeddings=False)
+    model = model_of(**fields | dict(intermediate_size=320))
+    kinds = {}
+    for precision in ("q4_0", "Q4_K_M"):
+        path = write(tmp_path / f"{precision}.gguf", model, None, precision)
+        kinds[precision] = {one.name: one.tensor_type.name for one in gguf.GGUFReader(path).tensors}
+    simple, mixed = kinds.values()
+    assert simple["token_embd.weight"] == simple["output.weight"] == "Q8_0"
+    assert simple["blk.0.attn_q.weight"] == simple["blk.1.ffn_up.weight"] == "Q4_0"
+    assert simple["blk.0.attn_norm.weight"] == simple["output_norm.weight"] == "F32"
+    assert mixed["output.weight"] == mixed["blk.2.attn_v.weight"] == "Q6_K"
+    assert mixed["token_embd.weight"] == mixed["blk.0.attn_v.weight"] == "Q4_K"
+    assert mixed["blk.2.ffn_down.weight"] == "Q8_0", "320 columns are no whole number of blocks of 256"
+    assert mixed["blk.0.ffn_down.weight"] == "Q5_0"
+    narrow = write(tmp_path / "n.gguf", model_of(**LLAMA | dict(intermediate_size=80)), None, "q4_k_m")
+    stored = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(narrow).tensors}
+    assert stored["blk.0.ffn_down.weight"] == "F16", "80 columns are no whole number of blocks of 32"
+
+
+def test_the_tokenizer_goes_along(tmp_path, tokenizer):
+    told = Tokenizer(tokenizer.definition, {"chat_template": "{{ messages[0].content }}"})
+    path = write(tmp_path / "m.gguf", model_of(**LLAMA), told, "f16")
+    found = open_model_files(path).tokenizer
+    assert found.chat_template == told.chat_template and found.special_tokens == told.special_tokens
     for text in TEXTS:
-        ids = told.encode(text)
-        assert files.tokenizer.encode(text) == ids and files.tokenizer.decode(ids) == text
+        assert found.encode(text) == told.encode(text) and found.decode(told.encode(text)) == text
+    fields = gguf.GGUFReader(path).fields
+    tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert len(tokens) == 340 and len(set(tokens)) == 340
+    assert types[:7] == [int(gguf.TokenType.CONTROL)] * 6 + [int(gguf.TokenType.NORMAL)]
+    assert types[-1] == int(gguf.TokenType.UNUSED), "ids without a token"
 
 
-OPTIONAL = {"attention_output_bias", "mlp_bias"}  # unset, or of a layer without a dense MLP
+def split_in_two(path):
+    """The file as llama.cpp's gguf-split writes it: all keys in the first part, tensors in both."""
+    header = gguf.GGUFReader(path)
+    half = len(header.tensors) // 2
+    for number, tensors in enumerate((header.tensors[:half], header.tensors[half:])):
+        part = path.with_name(f"part-{number + 1:05d}-of-00002.gguf")
+        writer = gguf.GGUFWriter(part, "llama")
+        for name, field in header.fields.items():
+            if number == 0 and "." in name and name != "general.architecture":
+                inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, field.contents(), field.types[0], inner)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(header.tensors))
+        for tensor in tensors:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        yield part
+
+
+def test_a_file_in_parts_is_one_model(tmp_path, tokenizer):
+    model = model_of(**LLAMA)
+    first, second = split_in_two(write(tmp_path / "m.gguf", model, tokenizer, "f32"))
+    state = model.state_dict()
+    for part in (first, second):
+        files = open_model_files(part)
+        found = files.read()
+        assert all(torch.equal(found[name], state[name]) for name in state)
+        assert files.tokenizer.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    alone = first.rename(tmp_path / "alone.gguf")
+    with pytest.raises(
+        CheckpointError, match="one of 2 parts of a model, but not called NAME-00001-of-00002"
+    ):
+        open_model_files(alone)
+    with pytest.raises(CheckpointError, match=r"parts of the model are missing: part-00001-of-00002\.gguf"):
+        open_model_files(second)
 
 
 def test_damaged_files_and_other_models_are_refused(tmp_path, tokenizer):
-    path = write(tmp_path / "m.gguf", model_of(**FAMILIES["llama"]), tokenizer, "f32")
+    path = write(tmp_path / "m.gguf", model_of(**LLAMA), tokenizer, "f32")
     content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="damaged or not a GGUF file"):
-        open_model_files(path)
-    path.write_bytes(content.replace(b"llama", b"gguul"))
-    with pytest.raises(CheckpointError, match=r"general\.architecture is 'gguul': only gpt2, llama"):
-        open_model_files(path)
+    cases = [
+        (
+            content[: len(content) // 2],
+            r"tensor \S+ should end at byte \d+, but the file has \d+: it is cut",
+        ),
+        (content[:900], "the header is damaged or cut short at byte"),
+        (b"", "damaged or not a GGUF file"),
+        (b"PK\x03\x04" + content[4:], r"it begins with b'PK\\x03\\x04', not with b'GGUF'"),
+        (content[:4] + struct.pack("<I", 1) + content[8:], "its version is 1: only little-endian"),
+        (content[:4] + struct.pack(">I", 3) + content[8:], "its bytes are in big-endian order"),
+        (content[:16] + struct.pack("<Q", 2**60) + content[24:], "the header is damaged"),
+        (content.replace(b"llama", b"gguul"), r"general\.architecture is 'gguul': only bloom, gemma"),
+        (
+            content.replace(b"blk.0.attn_q.", b"blk.0.attn_x."),
+            "attn_q.weight is missing; tensor blk.0.attn_x",
+        ),
+    ]
+    for wrong, said in cases:
+        path.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match=said):
+            open_model_files(path)
 
 
-def test_few_bits_are_where_they_do_little_harm(tmp_path, tokenizer):
-    model = model_of(**FAMILIES["llama"], intermediate_size=80)
-    path = write(tmp_path / "m.gguf", model, tokenizer, "q4_0")
-    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-    assert kinds["token_embd.weight"] == kinds["output.weight"] == "Q8_0"
-    assert kinds["blk.0.attn_q.weight"] == kinds["blk.1.ffn_up.weight"] == "Q4_0"
-    assert kinds["blk.0.ffn_down.weight"] == "F16", "80 columns are no whole number of blocks"
-    assert kinds["blk.0.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"
+def test_a_tokenizer_of_another_kind_is_told(tmp_path, tokenizer):
+    path = write(tmp_path / "m.gguf", model_of(**LLAMA), tokenizer, "f32")
+    with pytest.warns(UserWarning, match=r"its tokenizer \(gpt2, kimi-x2\) is of no kind that can be read"):
+        assert open_model_files(changed(path, (b"kimi-k2", b"kimi-x2"))).tokenizer is None
 
 
-def test_ids_without_a_token_are_unused_ones(tmp_path, tokenizer):
-    path = write(tmp_path / "m.gguf", model_of(**FAMILIES["llama"]), tokenizer, "f32")
-    fields = gguf.GGUFReader(path).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    types = fields["tokenizer.ggml.token_type"].contents()
-    assert len(tokens) == 340 and len(set(tokens)) == 340
-    assert types[:6] == [int(gguf.TokenType.CONTROL)] * 6
-    assert types[6] == int(gguf.TokenType.NORMAL)
-    assert types[-1] == int(gguf.TokenType.UNUSED)
+REFUSED = {
+    r"'geglu'.*swiglu only": LLAMA | dict(activation_function="geglu"),
+    r"rotary_scaling is 'dynamic' in a llama: it must be linear": LLAMA
+    | dict(rotary_scaling=dict(rope_type="dynamic", factor=2.0)),
+    "rotary_scaling has beta_fast 8": LLAMA
+    | dict(
+        rotary_scaling=dict(rope_type="yarn", factor=2.0, original_max_position_embeddings=64, beta_fast=8)
+    ),
+    "rotary_scaling is 'llama3' in a qwen3": FAMILIES["llama-3.1"] | dict(qk_normalization=True),
+    "models of the family opt cannot be written": dict(activation_function="relu", position_offset=2),
+    "normalize_router_weights is False: it must be True": FAMILIES["qwen3_moe"]
+    | dict(normalize_router_weights=False),
+    "head_dim is 24: it must be hidden_size / num": FAMILIES["qwen2"] | dict(head_dim=24),
+    "logit_softcap is None: llama.cpp always has it": FAMILIES["gemma2"] | dict(logit_softcap=None),
+    "attention_scalar is 99": FAMILIES["gemma2"] | dict(attention_scalar=99.0),
+    "relative_attention_max_distance is 64": FAMILIES["t5"] | dict(relative_attention_max_distance=64),
+}
 
 
-def test_sentencepiece_style_merges_become_scores(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    core = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
-    core.normalizer = tokenizers.normalizers.Sequence(
-        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
-    )
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, special_tokens=specials, show_progress=False)
-    core.train_from_iterator(["the cat sat on the mat and the hat"] * 4, trainer)
-    definition = json.loads(core.to_str())
-    definition["added_tokens"] = definition["added_tokens"][:3]
-    tokenizer = Tokenizer(json.dumps(definition), {"eos_token": "</s>", "bos_token": "<s>"})
-    path = write(tmp_path / "m.gguf", model_of(**FAMILIES["llama"]), tokenizer, "f32")
-    assert gguf.GGUFReader(path).fields["tokenizer.ggml.model"].contents() == "llama"
-    texts = ["the cat", "that hat é 猫", "on the mat"]
-    if needs_llama_cpp.args[0] is False:
-        (found,) = ask(dict(file=path, prompts=texts))
-        assert found["tokens"] == [tokenizer.encode(text) for text in texts]
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_llama_cpp_cannot_compute_is_refused(tmp_path, said):
+    config = MegatronModelConfig(**{**SIZES, **REFUSED[said]})
+    with pytest.raises(ConfigError, match=said):
+        write_gguf(tmp_path / "m.gguf", config, lambda names: [])
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_what_llama_cpp_cannot_do_is_refused(tmp_path, tokenizer):
+def test_what_cannot_be_written_is_refused(tmp_path, tokenizer):
     path = tmp_path / "m.gguf"
-    with pytest.raises(ConfigError, match=r"'geglu'.*swiglu only"):
-        write(path, model_of(**LLAMA | dict(activation_function="geglu")), tokenizer)
     with pytest.raises(ConfigError, match="choose one of f32, f16"):
         write(path, model_of(**LLAMA), tokenizer, "q3")
     with pytest.raises(ConfigError, match="tokens and the model 71"):
-        write(path, model_of(**LLAMA, vocab_size=71), tokenizer)
+        write(path, model_of(**LLAMA | dict(vocab_size=71)), tokenizer)
     definition = json.loads(tokenizer.definition)
     definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "x+"
     with pytest.raises(ConfigError, match="no name for how this tokenizer cuts text"):
         write(path, model_of(**LLAMA), Tokenizer(json.dumps(definition)))
-    scaling = dict(rope_type="linear", factor=2.0)
-    with pytest.raises(
-        ConfigError, match=r"rotary_scaling is 'linear' in a qwen3: it must be linear or llama3"
-    ):
-        write(path, model_of(**FAMILIES["qwen3"], rotary_scaling=scaling), tokenizer)
-    write(path, model_of(**FAMILIES["llama-linear"]), tokenizer)
-    with pytest.raises(CheckpointError, match="rotary positions are scaled"):
-        open_model_files(path)
-    path.unlink()
     broken = model_of(**LLAMA)
     broken.layers["1"].mlp.up.weight.data[3, 3] = float("nan")
     with pytest.raises(CheckpointError, match=re.escape("layers.1.mlp.up.weight: the weights hold NaN")):
         write(path, broken, tokenizer)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_of_no_family_is_refused(tmp_path):
-    config = MegatronModelConfig(**LLAMA | dict(normalization="layernorm"))
-    with pytest.raises(ConfigError, match="normalization is 'layernorm'"):
-        write_gguf(tmp_path / "m.gguf", config, lambda names: [])

@@ -1,18 +1,14 @@
-"""What llama.cpp calls our parameters, family by family."""
+"""Which of llama.cpp's architectures computes which family of ours, and what its graph has built in."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from mtnlg.config import ConfigError, MegatronModelConfig
 from mtnlg.interop.architectures import nearest_architecture
-from mtnlg.model import MegatronLmDecoder
-from mtnlg.model.rotary_scaling import plain_frequencies, rotary_frequencies
+
+_PLAIN_EXPERTS: dict[str, Any] = dict(num_dense_layers_first=0, moe_layer_interval=1)
 
 
 @dataclass(frozen=True)
@@ -22,176 +18,152 @@ class GgufFamily:
     Args:
         name: its ``general.architecture``.
         activations: those of ours that its graph computes.
-        fuses_queries: queries, keys and values are one tensor, ``attn_qkv``.
+        joins_queries: queries, keys and values are one tensor, ``attn_qkv``.
+        joins_gate: gate and up are one tensor, ``ffn_up``.
         turns_pairs: rotary positions turn neighbouring rows of a head, where ours turn its two halves.
+        needs_head: there is a tensor for the head also where it is the embedding.
+        has_windows: its graph has layers that see only so many tokens back.
+        scalings: ways to scale rotary positions that it computes.
+        fixed: our field → what it must be.
+        head_is_share: a head is ``hidden_size / num_attention_heads`` wide.
+        norm_less_one: norms are stored less one in ours, and whole in its files.
     """
 
     name: str
-    activations: tuple[str, ...]
-    fuses_queries: bool = False
+    activations: tuple[str, ...] = ("swiglu",)
+    joins_queries: bool = False
+    joins_gate: bool = False
     turns_pairs: bool = False
+    needs_head: bool = False
+    has_windows: bool = False
+    scalings: tuple[str, ...] = ("linear", "yarn")
+    fixed: dict[str, Any] = field(default_factory=dict)
+    head_is_share: bool = False
+    norm_less_one: bool = False
 
 
-_FIXED_FREQUENCIES = ("linear", "llama3")  # whatever the text's length: one factor for each pair
-ROTARY_FACTORS = "rope_freqs.weight"
-_LLAMA = GgufFamily("llama", ("swiglu",), turns_pairs=True)
-FAMILIES = {  # by Hugging Face's name
-    "gpt2": GgufFamily("gpt2", ("gelu_tanh", "gelu"), fuses_queries=True),
-    "llama": _LLAMA,
+_LLAMA = GgufFamily("llama", turns_pairs=True, scalings=("linear", "yarn", "llama3", "longrope"))
+_GEMMA = GgufFamily(
+    "gemma", ("geglu_tanh",), scalings=("linear",), fixed=dict(tie_word_embeddings=True), norm_less_one=True
+)
+_GELU = ("gelu_tanh", "gelu")
+_T5 = GgufFamily("t5", ("relu", "geglu_tanh"), fixed=dict(relative_attention_max_distance=128))
+# By Hugging Face's name; of those that share an architecture the last is what files are read as.
+FAMILIES = {
+    "gpt2": GgufFamily("gpt2", _GELU, joins_queries=True, head_is_share=True),
     "mistral": _LLAMA,
+    "llama": _LLAMA,
     "mixtral": _LLAMA,
-    "qwen2": GgufFamily("qwen2", ("swiglu",)),
-    "qwen3": GgufFamily("qwen3", ("swiglu",)),
-    "qwen3_moe": GgufFamily("qwen3moe", ("swiglu",)),
+    "qwen2": GgufFamily("qwen2", head_is_share=True),
+    "qwen2_moe": GgufFamily(
+        "qwen2moe",
+        needs_head=True,
+        head_is_share=True,
+        fixed=dict(normalize_router_weights=False, **_PLAIN_EXPERTS),
+    ),
+    "qwen3": GgufFamily("qwen3", fixed=dict(attention_bias=False)),
+    "qwen3_moe": GgufFamily(
+        "qwen3moe", fixed=dict(attention_bias=False, normalize_router_weights=True, **_PLAIN_EXPERTS)
+    ),
+    "glm4_moe": GgufFamily("glm4moe", scalings=(), fixed=dict(moe_layer_interval=1)),
+    "phi3": GgufFamily(
+        "phi3", joins_queries=True, joins_gate=True, scalings=("longrope",), head_is_share=True
+    ),
+    "gpt_neox": GgufFamily(
+        "gptneox",
+        _GELU,
+        joins_queries=True,
+        needs_head=True,
+        fixed=dict(attention_bias=True),
+        head_is_share=True,
+    ),
+    "bloom": GgufFamily("bloom", ("gelu_tanh",), joins_queries=True, head_is_share=True),
+    "gemma": _GEMMA,
+    "gemma2": GgufFamily(
+        "gemma2",
+        ("geglu_tanh",),
+        has_windows=True,
+        scalings=("linear",),
+        fixed=dict(tie_word_embeddings=True),
+        norm_less_one=True,
+    ),
+    "gemma3_text": GgufFamily(
+        "gemma3", ("geglu_tanh",), has_windows=True, scalings=("linear",), norm_less_one=True
+    ),
+    "umt5": _T5,
+    "mt5": _T5,
+    "t5": _T5,
 }
-_ENDS = {
-    "embedding.tokens": "token_embd",
-    "embedding.positions": "position_embd",
-    "head.norm": "output_norm",
-    "head.output": "output",
-}
-_PARTS = {
-    "attention_norm": "attn_norm",
-    "attention.query": "attn_q",
-    "attention.key": "attn_k",
-    "attention.value": "attn_v",
-    "attention.output": "attn_output",
-    "attention.query_norm": "attn_q_norm",
-    "attention.key_norm": "attn_k_norm",
-    "mlp_norm": "ffn_norm",
-    "mlp.gate": "ffn_gate",
-    "mlp.up": "ffn_up",
-    "mlp.down": "ffn_down",
-    "mlp.router": "ffn_gate_inp",
-    "mlp.experts.gate": "ffn_gate_exps",
-    "mlp.experts.up": "ffn_up_exps",
-    "mlp.experts.down": "ffn_down_exps",
-}
-_PLACE = re.compile(r"(?:layers\.(?P<layer>\d+)\.)?(?P<part>.+?)(?:\.(?P<kind>weight|bias))?")
-
-
-@dataclass(frozen=True)
-class GgufTensor:
-    """One tensor of a file.
-
-    Args:
-        name: llama.cpp's.
-        ours: our parameters, which it holds one after the other along the output axis; none for
-            ``ROTARY_FACTORS``.
-        shape: of it, outermost axis first.
-        heads: rows are to be reordered within so many heads; ``None`` leaves them.
-    """
-
-    name: str
-    ours: tuple[str, ...]
-    shape: tuple[int, ...]
-    heads: int | None = None
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # so many layers are told from others by llama.cpp
 
 
 def gguf_family(config: MegatronModelConfig) -> GgufFamily:
     """What llama.cpp runs ``config`` as.
 
     Raises:
-        ConfigError: it has nothing that computes this model.
+        ConfigError: it has nothing that computes this model; every field in the way is named.
     """
     model_type = nearest_architecture(config).model_type
     family = FAMILIES.get(model_type)
     if family is None:
         raise ConfigError(
-            f"GGUF: models of the family {model_type} cannot be written; only {', '.join(FAMILIES)} can."
+            f"GGUF: models of the family {model_type} cannot be written, for llama.cpp has no architecture "
+            f"that computes them; it has for {', '.join(FAMILIES)}."
         )
-    if config.sliding_window is not None:
-        raise ConfigError(f"GGUF: sliding_window is {config.sliding_window}: it must be None.")
-    scaling = (config.rotary_scaling or {}).get("rope_type")
-    if scaling is not None and not (family is _LLAMA and scaling in _FIXED_FREQUENCIES):
-        kinds = " or ".join(_FIXED_FREQUENCIES)
-        raise ConfigError(
-            f"GGUF: rotary_scaling is {scaling!r} in a {family.name}: it must be {kinds} in a llama."
-        )
+    problems = [
+        f"{name} is {getattr(config, name)!r}: it must be {value!r}."
+        for name, value in family.fixed.items()
+        if getattr(config, name) != value
+    ]
     if config.activation_function not in family.activations:
-        raise ConfigError(
-            f"GGUF: activation_function is {config.activation_function!r}: llama.cpp computes "
+        problems.append(
+            f"activation_function is {config.activation_function!r}: llama.cpp computes "
             f"{family.name} with {' or '.join(family.activations)} only."
         )
+    if family.head_is_share and config.head_size * config.num_attention_heads != config.hidden_size:
+        problems.append(f"head_dim is {config.head_size}: it must be hidden_size / num_attention_heads.")
+    problems += _scaling_problems(family, config) + _gemma_problems(family, config)
+    if problems:
+        raise ConfigError(problems if len(problems) > 1 else f"GGUF: {problems[0]}")
     return family
 
 
-def gguf_tensors(config: MegatronModelConfig) -> list[GgufTensor]:
-    """All tensors of a file, in the order of the model.
-
-    Raises:
-        ConfigError: llama.cpp has nothing that computes this model.
-    """
-    family = gguf_family(config)
-    with torch.device("meta"):
-        state = MegatronLmDecoder(config).state_dict()
-    if config.tie_word_embeddings:
-        del state["head.output.weight"]
-    shapes = {name: tuple(parameter.shape) for name, parameter in state.items()}
-    found = []
-    if config.rotary_scaling is not None:
-        found.append(GgufTensor(ROTARY_FACTORS, (), (config.rotary_dim // 2,)))
-    for ours, shape in shapes.items():
-        if family.fuses_queries and ".attention.query." in ours:
-            parts = tuple(ours.replace("query", part) for part in ("query", "key", "value"))
-            rows = sum(shapes[part][0] for part in parts)
-            name = gguf_name(ours).replace("attn_q", "attn_qkv")
-            found.append(GgufTensor(name, parts, (rows, *shape[1:])))
-        elif not (family.fuses_queries and re.search(r"\.attention\.(key|value)\.", ours)):
-            found.append(GgufTensor(gguf_name(ours), (ours,), shape, _heads(family, config, ours)))
-    return found
+def _scaling_problems(family: GgufFamily, config: MegatronModelConfig) -> list[str]:
+    scaling = config.rotary_scaling or {}
+    kind = scaling.get("rope_type")
+    if kind is not None and kind not in family.scalings:
+        kinds = " or ".join(family.scalings) or "None"
+        return [f"rotary_scaling is {kind!r} in a {family.name}: it must be {kinds}."]
+    if kind != "yarn":
+        return []
+    built_in = dict(beta_fast=32, beta_slow=1, truncate=True)
+    return [
+        f"rotary_scaling has {name} {scaling[name]!r}: llama.cpp computes {family.name} with {value} only."
+        for name, value in built_in.items()
+        if scaling.get(name) not in (None, value)
+    ]
 
 
-def gguf_name(ours: str) -> str:
-    """llama.cpp's name of a parameter of ours."""
-    match = _PLACE.fullmatch(ours)
-    assert match is not None
-    kind = match["kind"] or "weight"
-    if ours.endswith("router.selection_bias"):
-        return f"blk.{match['layer']}.exp_probs_b.bias"
-    if match["layer"] is None:
-        return f"{_ENDS[match['part']]}.{kind}"
-    return f"blk.{match['layer']}.{_PARTS[match['part']]}.{kind}"
+def _gemma_problems(family: GgufFamily, config: MegatronModelConfig) -> list[str]:
+    if not family.norm_less_one:
+        return []
+    problems = []
+    if config.attention_bias or config.has_attention_output_bias:
+        problems.append("attention_bias is True: it must be False.")
+    if family.name == "gemma2":
+        problems += [
+            f"{name} is None: llama.cpp always has it in a gemma2."
+            for name in ("logit_softcap", "attention_softcap")
+            if getattr(config, name) is None
+        ]
+    expected = gemma_attention_scalar(family, config)
+    if (config.attention_scalar or config.head_size) != expected:
+        problems.append(f"attention_scalar is {config.attention_scalar}: it must be {expected}.")
+    return problems
 
 
-def rotary_factors(config: MegatronModelConfig) -> Tensor:
-    """What llama.cpp divides the frequency of each pair by, float32."""
-    scaled, _ = rotary_frequencies(config, torch.zeros(1, 1, dtype=torch.long))
-    plain = plain_frequencies(config.rotary_base, config.rotary_dim, torch.device("cpu"))
-    return (plain / scaled).flatten()
-
-
-def _heads(family: GgufFamily, config: MegatronModelConfig, ours: str) -> int | None:
-    if not family.turns_pairs:
-        return None
-    if ".attention.query." in ours:
-        return config.num_attention_heads
-    return config.key_value_heads if ".attention.key." in ours else None
-
-
-def gguf_settings(config: MegatronModelConfig) -> dict[str, Any]:
-    """What a file says of the architecture: the arguments of ``GGUFWriter.add_NAME``."""
-    settings: dict[str, Any] = dict(
-        vocab_size=config.vocab_size,
-        context_length=config.max_position_embeddings,
-        embedding_length=config.hidden_size,
-        block_count=config.num_hidden_layers,
-        feed_forward_length=config.ffn_size,
-        head_count=config.num_attention_heads,
-        head_count_kv=config.key_value_heads,
-        key_length=config.head_size,
-        value_length=config.head_size,
-    )
-    is_rms = config.normalization == "rmsnorm"
-    settings["layer_norm_rms_eps" if is_rms else "layer_norm_eps"] = config.layernorm_eps
-    if config.position_embedding == "rotary":
-        settings |= dict(rope_dimension_count=config.rotary_dim, rope_freq_base=config.rotary_base)
-    if config.num_experts is not None:
-        settings |= dict(
-            expert_count=config.num_experts,
-            expert_used_count=config.num_experts_per_token,
-            expert_feed_forward_length=config.expert_ffn_size,
-        )
-        if gguf_family(config) is _LLAMA:  # it knows one width, and has experts in every layer
-            settings["feed_forward_length"] = config.expert_ffn_size
-    return settings
+def gemma_attention_scalar(family: GgufFamily, config: MegatronModelConfig) -> float:
+    """What llama.cpp divides attention's scores by the square root of."""
+    if _GEMMA_27B.get(family.name) == config.num_hidden_layers:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_size

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
+from mtnlg.config import CheckpointError, MegatronModelConfig
 from mtnlg.config.progress import Progress, no_progress
-from mtnlg.interop.gguf_families import (
-    GgufTensor,
-    gguf_family,
-    gguf_settings,
-    gguf_tensors,
-    rotary_factors,
-)
+from mtnlg.interop.gguf_families import gguf_family
+from mtnlg.interop.gguf_header import gguf_library
+from mtnlg.interop.gguf_precision import PRECISIONS, file_type, kind_of, known_precision, to_kind
+from mtnlg.interop.gguf_settings import EXACT, OWN_CONFIG, gguf_settings
+from mtnlg.interop.gguf_tensors import GgufTensor, gguf_tensors, rotary_factors
 from mtnlg.interop.gguf_tokenizer import add_tokenizer
 from mtnlg.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-PRECISIONS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-BLOCK = 32  # numbers of a row that share a scale
-_ALWAYS_FLOAT = ("position_embd.weight", "ffn_gate_inp.weight")
-_READ_AND_HEAD = ("token_embd.weight", "output.weight")
+__all__ = ["PRECISIONS", "write_gguf"]
 
 Stream = Callable[[Collection[str]], Iterable[tuple[str, Tensor]]]
+_Kinds = list[tuple[GgufTensor, "GGMLQuantizationType"]]
 
 
 def write_gguf(
@@ -45,15 +43,16 @@ def write_gguf(
     """Write a model as one GGUF file.
 
     Vectors, learned positions and routers stay float32. With 4 and 5 bits the embedding and the head
-    have 8, as in llama.cpp's own files of such precision they have more than the rest. A matrix whose rows
-    do not divide into blocks of 32 is kept in float16.
+    have 8, as in llama.cpp's own files of such precision they have more than the rest; what mixtures with a
+    K in their names do is said in :mod:`mtnlg.interop.gguf_precision`. A matrix whose rows do not divide
+    into blocks of 32 is kept in float16.
 
     Args:
         path: the file; replaced when the new one is whole.
         config: the architecture.
         stream: gives parameters by our names.
         tokenizer: goes along, with its chat template; without it only ids can be used.
-        precision: of the matrices, one of :data:`PRECISIONS`.
+        precision: of the matrices, one of :data:`PRECISIONS` in capitals or not.
         name: shown by programs that load it.
         progress: told of bytes.
 
@@ -63,23 +62,23 @@ def write_gguf(
         CheckpointError: weights are missing or not numbers, or the disk refused.
     """
     gguf = gguf_library()
-    if precision not in PRECISIONS:
-        raise ConfigError(f"GGUF precision is {precision!r}: choose one of {', '.join(PRECISIONS)}.")
-    tensors = gguf_tensors(config)
-    kinds = [_kind_of(tensor, precision) for tensor in tensors]
+    precision = known_precision(precision)
+    tensors = [(tensor, kind_of(tensor, precision, config)) for tensor in gguf_tensors(config)]
     partial = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(partial, gguf_family(config).name)
         _write_header(writer, config, tokenizer, precision, name)
-        for tensor, kind in zip(tensors, kinds):
+        if exact := _exact(tensors, stream):
+            writer.add_string(EXACT, json.dumps(exact))
+        for tensor, kind in tensors:
             size = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
             nbytes = torch.Size(size).numel()
             writer.add_tensor_info(tensor.name, tensor.shape, _number_type(kind), nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_tensors(writer, config, tensors, kinds, stream, progress)
+        _write_tensors(writer, config, tensors, stream, progress)
         writer.close()
         os.replace(partial, path)
     except OSError as error:
@@ -87,30 +86,6 @@ def write_gguf(
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def gguf_library() -> Any:
-    """The package that knows the format.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise ConfigError('GGUF needs the package gguf: pip install "mtnlg[interop]".') from None
-    return gguf
-
-
-def _kind_of(tensor: GgufTensor, precision: str) -> GGMLQuantizationType:
-    kinds = gguf_library().GGMLQuantizationType
-    if len(tensor.shape) == 1 or tensor.name.endswith(_ALWAYS_FLOAT):
-        return kinds.F32
-    if precision in ("f32", "f16", "bf16"):
-        return kinds[precision.upper()]
-    if tensor.shape[-1] % BLOCK:
-        return kinds.F16
-    return kinds.Q8_0 if tensor.name in _READ_AND_HEAD else kinds[precision.upper()]
 
 
 def _number_type(kind: GGMLQuantizationType) -> Any:
@@ -127,54 +102,72 @@ def _write_header(
     precision: str,
     name: str,
 ) -> None:
-    gguf = gguf_library()
     writer.add_name(name)
-    file_type = "ALL_F32" if precision == "f32" else f"MOSTLY_{precision.upper()}"
-    writer.add_file_type(gguf.LlamaFileType[file_type])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(file_type(precision))
+    writer.add_quantization_version(gguf_library().GGML_QUANT_VERSION)
     for setting, value in gguf_settings(config).items():
-        getattr(writer, f"add_{setting}")(value)
+        _add(writer, f"{gguf_family(config).name}.{setting}", value)
+    writer.add_string(OWN_CONFIG, json.dumps(config.to_dict()))
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
     else:
         add_tokenizer(writer, tokenizer, config.vocab_size)
 
 
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    kinds: dict[type, Callable[[str, Any], None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+    }
+    kinds[type(value)](key, value)
+
+
+def _exact(tensors: _Kinds, stream: Stream) -> dict[str, str]:
+    """Vectors that would not come back bit for bit, in base64."""
+    found = {}
+    for tensor, _ in tensors:
+        if tensor.may_round:
+            ours = _parameters(tensor, stream)
+            back = tensor.to_ours(tensor.to_theirs(ours))[tensor.ours[0]]
+            if not torch.equal(back, ours[0].float()):
+                numbers = ours[0].detach().float().contiguous().numpy().tobytes()
+                found[tensor.name] = base64.b64encode(numbers).decode()
+    return found
+
+
 def _write_tensors(
     writer: GGUFWriter,
     config: MegatronModelConfig,
-    tensors: list[GgufTensor],
-    kinds: list[GGMLQuantizationType],
+    tensors: _Kinds,
     stream: Stream,
     progress: Progress,
 ) -> None:
-    gguf = gguf_library()
-    total = 4 * sum(torch.Size(tensor.shape).numel() for tensor in tensors)
+    total = 4 * sum(torch.Size(tensor.shape).numel() for tensor, _ in tensors)
     done = 0
-    for tensor, kind in zip(tensors, kinds):
-        found = dict(stream(tensor.ours))
-        missing = [name for name in tensor.ours if name not in found]
-        if missing:
-            raise CheckpointError(f"weights are missing: {', '.join(missing)}.")
-        ours = [found[name] for name in tensor.ours]
-        numbers = to_gguf(tensor, ours) if ours else rotary_factors(config)
-        quantized = gguf.quants.quantize(numbers.numpy(), kind)
-        writer.write_tensor_data(quantized)
+    for tensor, kind in tensors:
+        if tensor.ours:
+            numbers = tensor.to_theirs(_parameters(tensor, stream))
+        else:
+            numbers = rotary_factors(config, tensor.name).float()
+        writer.write_tensor_data(to_kind(numbers, kind))
         done += numbers.nbytes
         progress("writing", done, total, "bytes")
 
 
-def to_gguf(tensor: GgufTensor, ours: list[Tensor]) -> Tensor:
-    """Our parameters as the tensor of the file, float32.
+def _parameters(tensor: GgufTensor, stream: Stream) -> list[Tensor]:
+    """Ours that a tensor holds.
 
     Raises:
-        CheckpointError: there are numbers that are none.
+        CheckpointError: some are missing, or hold numbers that are none.
     """
-    whole = torch.cat(ours) if len(ours) > 1 else ours[0]
-    whole = whole.detach().float().contiguous()
-    if not torch.isfinite(whole).all():
-        raise CheckpointError(f"{', '.join(tensor.ours)}: the weights hold NaN or infinity.")
-    if tensor.heads is not None:
-        halves = whole.unflatten(0, (tensor.heads, 2, -1))  # [heads, half, pair, ...]
-        whole = halves.transpose(1, 2).flatten(0, 2).contiguous()
-    return whole
+    found: Mapping[str, Tensor] = dict(stream(tensor.ours))
+    missing = [name for name in tensor.ours if name not in found]
+    if missing:
+        raise CheckpointError(f"weights are missing: {', '.join(missing)}.")
+    for name in tensor.ours:
+        if not torch.isfinite(found[name]).all():
+            raise CheckpointError(f"{name}: the weights hold NaN or infinity.")
+    return [found[name] for name in tensor.ours]

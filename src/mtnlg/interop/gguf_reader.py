@@ -2,127 +2,118 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
-from mtnlg.interop.gguf_families import FAMILIES, GgufTensor, gguf_tensors
-from mtnlg.interop.gguf_file import gguf_library
-from mtnlg.interop.gguf_tokenizer import definition_of, settings_of
-from mtnlg.interop.lazy_tensor import FileBytes, LazyTensor, lazy
+from mtnlg.config import CheckpointError, MegatronModelConfig
+from mtnlg.interop.gguf_header import GgufHeader, StoredTensor, gguf_library, read_header
+from mtnlg.interop.gguf_settings import EXACT, config_of_gguf
+from mtnlg.interop.gguf_tensors import ALL_FACTORS, GgufTensor, gguf_tensors
+from mtnlg.interop.gguf_tokenizer_reader import tokenizer_of
+from mtnlg.interop.lazy_tensor import FileBytes, LazyTensor, lazy, read, read_bytes
 from mtnlg.interop.named_tensors import NamedTensors
 from mtnlg.tokens import Tokenizer
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SETTINGS = {
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "context_length": "max_position_embeddings",
-    "feed_forward_length": "intermediate_size",
-    "attention.layer_norm_epsilon": "layernorm_eps",
-    "attention.layer_norm_rms_epsilon": "layernorm_eps",
-    "rope.freq_base": "rotary_base",
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_token",
-    "expert_feed_forward_length": "moe_intermediate_size",
-}
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_AT_ONCE = 2**22  # numbers that are made of few bits at a time
 
 
 def open_gguf(path: Path) -> tuple[NamedTensors, Tokenizer | None]:
-    """The model and its tokenizer; no weights are read yet.
+    """The model and its tokenizer; of the weights only some vectors are read yet.
 
     Args:
-        path: the file; one that is split over several is not read.
+        path: the file, or one part of a file that is split, beside the others.
 
     Raises:
         CheckpointError: the file is damaged, or holds a model that we do not compute.
         ConfigError: ``gguf`` is not installed.
     """
-    gguf = gguf_library()
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        stored = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or not a GGUF file ({error}).") from None
-    config = _config(fields, stored, str(path))
+    header = read_header(path)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    config = config_of_gguf(
+        header.fields, shapes, lambda name: read(_lazy(header.tensors[name])), str(path)
+    )
+    expected = _expected(config, header, path)
+    exact = _exact(header)
     ours: dict[str, Tensor] = {}
-    expected = gguf_tensors(config)
+    for tensor in expected:
+        whole = _lazy(header.tensors[tensor.name])
+        if not tensor.may_round:
+            ours |= tensor.to_ours(whole)
+        else:
+            ours |= _computed(tensor, whole, exact.get(tensor.name))
+    return NamedTensors(config, ours), tokenizer_of(header.fields, config, str(path))
+
+
+def _expected(config: MegatronModelConfig, header: GgufHeader, path: Path) -> list[GgufTensor]:
+    """The tensors that hold parameters, all of which are there in their shapes, and no others."""
+    expected = [tensor for tensor in gguf_tensors(config) if tensor.ours]
+    stored = {name: tensor for name, tensor in header.tensors.items() if name not in ALL_FACTORS}
     problems = [f"tensor {tensor.name} is missing" for tensor in expected if tensor.name not in stored]
     extra = stored.keys() - {tensor.name for tensor in expected}
     problems += [f"tensor {name} belongs to no parameter" for name in sorted(extra)]
+    problems += [
+        f"tensor {tensor.name} has the shape {list(found.shape)}, expected {list(tensor.shape)}"
+        for tensor in expected
+        if (found := stored.get(tensor.name)) is not None and found.shape != tensor.shape
+    ]
     if problems:
-        raise CheckpointError(f"{path}: the weights do not fit: {'; '.join(problems[:8])}.")
-    for tensor in expected:
-        ours |= _parameters(path, tensor, stored[tensor.name])
-    return NamedTensors(config, ours), _tokenizer(fields)
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"{path}: the weights do not fit: {shown}.")
+    copies = {"output.weight"} if config.tie_word_embeddings else set()
+    return [tensor for tensor in expected if tensor.name not in copies]
 
 
-def _config(fields: dict[str, Any], stored: dict[str, Any], where: str) -> MegatronModelConfig:
-    name = fields.get("general.architecture")
-    known = {family.name: (theirs, family) for theirs, family in reversed(FAMILIES.items())}
-    if name not in known:
-        raise CheckpointError(
-            f"{where}: general.architecture is {name!r}: only {', '.join(sorted(known))} can be read."
-        )
-    _, family = known[name]
-    if fields.get(f"{name}.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in stored:
-        raise CheckpointError(f"{where}: rotary positions are scaled: only unscaled ones can be read.")
-    found = {
-        ours: _number(fields[f"{name}.{key}"])
-        for key, ours in _SETTINGS.items()
-        if f"{name}.{key}" in fields
-    }
-    is_gpt2 = name == "gpt2"
-    if name == "llama" and "num_experts" in found:
-        found["moe_intermediate_size"] = found["intermediate_size"]
-    if found.get("head_dim", 0) * found["num_attention_heads"] == found["hidden_size"]:
-        del found["head_dim"]
+def _lazy(stored: StoredTensor) -> LazyTensor:
+    dtype = _FLOATS.get(stored.kind.name)
+    if dtype is not None:
+        return lazy(FileBytes(stored.path, stored.start), stored.shape, dtype)
+    return lazy(Quantized(stored), stored.shape, torch.float32)
+
+
+def _computed(tensor: GgufTensor, whole: LazyTensor, exact: Tensor | None) -> dict[str, Tensor]:
+    """Of a tensor that was computed with on its way: ours as it was, where the file says and means it."""
+
+    def numbers() -> Tensor:
+        found = read(whole).float()
+        if exact is not None and torch.equal(tensor.to_theirs([exact]), found):
+            return exact
+        return tensor.to_ours(found)[tensor.ours[0]]
+
+    return {tensor.ours[0]: lazy(Computed(numbers), tensor.shape, torch.float32)}
+
+
+def _exact(header: GgufHeader) -> dict[str, Tensor]:
+    """Vectors whose last bits the file's own tensors lack, by their names there."""
     try:
-        return MegatronModelConfig(
-            **found,
-            vocab_size=int(stored["token_embd.weight"].shape[1]),
-            position_embedding="learned" if is_gpt2 else "rotary",
-            normalization="layernorm" if is_gpt2 else "rmsnorm",
-            activation_function=family.activations[0],
-            attention_bias="blk.0.attn_q.bias" in stored or "blk.0.attn_qkv.bias" in stored,
-            attention_output_bias="blk.0.attn_output.bias" in stored,
-            mlp_bias="blk.0.ffn_up.bias" in stored,
-            qk_normalization="blk.0.attn_q_norm.weight" in stored,
-            tie_word_embeddings="output.weight" not in stored,
-        )
-    except (ConfigError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}: its settings do not make a model: {error}") from None
+        saved = json.loads(header.fields.get(EXACT, "{}"))
+        raw = {name: bytearray(base64.b64decode(text)) for name, text in saved.items()}
+        return {name: torch.frombuffer(numbers, dtype=torch.float32) for name, numbers in raw.items()}
+    except (ValueError, binascii.Error, AttributeError):
+        return {}  # not as we write it; the tensors are there
 
 
-def _number(value: Any) -> Any:
-    """A setting as it was written: files keep float32 of it."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that is computed when it is wanted.
 
+    Args:
+        numbers: gives the whole.
+    """
 
-def _parameters(path: Path, tensor: GgufTensor, stored: Any) -> dict[str, Tensor]:
-    shape = tuple(int(size) for size in reversed(stored.shape))
-    if shape != tensor.shape:
-        raise CheckpointError(
-            f"{path}: tensor {tensor.name} has the shape {list(shape)}, expected {list(tensor.shape)}."
-        )
-    kind = stored.tensor_type.name
-    if kind in _FLOATS:
-        whole: LazyTensor = lazy(FileBytes(path, int(stored.data_offset)), shape, _FLOATS[kind])
-    else:
-        whole = lazy(Quantized(stored), shape, torch.float32)
-    if tensor.heads is not None:
-        pairs = whole.unflatten(0, (tensor.heads, -1, 2))  # [heads, pair, half, ...]
-        return {tensor.ours[0]: pairs.transpose(1, 2).flatten(0, 2)}
-    return dict(zip(tensor.ours, whole.chunk(len(tensor.ours))))
+    numbers: Callable[[], Tensor]
+
+    def read(self, view: Tensor) -> Tensor:
+        """See :class:`~mtnlg.interop.lazy_tensor.Source`."""
+        whole = self.numbers().contiguous()
+        return whole.reshape(-1).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -130,18 +121,37 @@ class Quantized:
     """A tensor in few bits.
 
     Args:
-        stored: the library's, mapped from the file.
+        stored: where it lies.
     """
 
-    stored: Any
+    stored: StoredTensor
 
     def read(self, view: Tensor) -> Tensor:
-        """See :class:`~mtnlg.interop.lazy_tensor.Source`. The whole is made into numbers."""
-        quants = gguf_library().quants
-        numbers = torch.from_numpy(quants.dequantize(self.stored.data, self.stored.tensor_type).copy())
-        return numbers.float().reshape(-1).as_strided(view.shape, view.stride(), view.storage_offset())
+        """See :class:`~mtnlg.interop.lazy_tensor.Source`. Whole rows are made into numbers."""
+        columns = self.stored.shape[-1]
+        last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride()))
+        offset = int(view.storage_offset())
+        first, end = offset // columns, (offset + last) // columns + 1
+        if not view.numel():
+            return torch.empty(view.shape)
+        rows = self._rows(first, end)
+        return rows.reshape(-1).as_strided(view.shape, view.stride(), offset - first * columns)
 
+    def _rows(self, first: int, end: int) -> Tensor:
+        """[end - first, columns], float32."""
+        import numpy as np
 
-def _tokenizer(fields: dict[str, Any]) -> Tokenizer | None:
-    definition = definition_of(fields)
-    return None if definition is None else Tokenizer(json.dumps(definition), settings_of(fields))
+        gguf = gguf_library()
+        columns = self.stored.shape[-1]
+        block, size = gguf.GGML_QUANT_SIZES[self.stored.kind]
+        row_bytes = columns // block * size
+        found = torch.empty(end - first, columns)
+        step = max(1, _AT_ONCE // columns)
+        with self.stored.path.open("rb", buffering=0) as file:
+            for row in range(first, end, step):
+                count = min(step, end - row)
+                codes = np.empty((count, row_bytes), np.uint8)
+                read_bytes(file, self.stored.start + row * row_bytes, codes.reshape(-1).data)
+                numbers = gguf.quants.dequantize(codes, self.stored.kind)
+                found[row - first : row - first + count] = torch.from_numpy(numbers)
+        return found

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mtnlg.config import ConfigError
 from mtnlg.tokens import Tokenizer
-from mtnlg.tokens.split_pattern import GPT2_PATTERN, GPT4_PATTERN, QWEN2_PATTERN, split_pattern
+from mtnlg.tokens.split_pattern import (
+    BLOOM_PATTERN,
+    GPT2_PATTERN,
+    GPT4_PATTERN,
+    QWEN2_PATTERN,
+    split_pattern,
+)
+from mtnlg.tokens.t5_tokenizer import T5Tokenizer
 from mtnlg.tokens.tokenizer import END_OF_TURN
 
 if TYPE_CHECKING:
@@ -20,8 +27,11 @@ PRE_TOKENIZERS = {
     GPT2_PATTERN: "gpt-2",
     GPT4_PATTERN: "llama-bpe",
     QWEN2_PATTERN: "qwen2",
+    BLOOM_PATTERN: "bloom",
 }
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+SENTINEL = "<extra_id_"
+_UNLIKELY = -10000.0  # score of ids without a token
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -42,9 +52,15 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> 
         )
     definition = json.loads(tokenizer.definition)
     model = definition["model"]
+    if model.get("type") == "Unigram":
+        _add_unigram(writer, definition, vocab_size)
+        _add_specials(writer, tokenizer)
+        writer.add_add_eos_token(isinstance(tokenizer, T5Tokenizer))
+        return
     if model.get("type") != "BPE":
         raise ConfigError(
-            f"GGUF: the tokenizer is of the type {model.get('type')!r}: only BPE can be written."
+            f"GGUF: the tokenizer is of the type {model.get('type')!r}: "
+            "only BPE and Unigram can be written."
         )
     tokens, types = _tokens(definition, vocab_size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -61,21 +77,54 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> 
     _add_specials(writer, tokenizer)
 
 
-def _tokens(definition: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+def _add_unigram(writer: GGUFWriter, definition: dict[str, Any], vocab_size: int) -> None:
+    """SentencePiece's pieces with their log-probabilities, as T5 has them."""
+    model = definition["model"]
+    pieces = dict(enumerate(model["vocab"]))
+    tokens, types = _tokens(definition, vocab_size, {text: index for index, (text, _) in pieces.items()})
+    if model.get("unk_id") is not None:
+        types[model["unk_id"]] = UNKNOWN
+    writer.add_tokenizer_model("t5")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [USER_DEFINED if text.startswith(SENTINEL) else kind for text, kind in zip(tokens, types)]
+    )
+    writer.add_token_scores([pieces[i][1] if i in pieces else _UNLIKELY for i in range(vocab_size)])
+    steps = _steps(definition, "normalizer", "normalizers") + _steps(
+        definition, "pre_tokenizer", "pretokenizers"
+    )
+    space = next((step for step in steps if step["type"] == "Metaspace"), {})
+    writer.add_add_space_prefix(space.get("prepend_scheme", "always") != "never")
+    removes = any(step["type"] in ("WhitespaceSplit", "Strip") for step in steps)
+    writer.add_remove_extra_whitespaces(removes)
+    maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
+    if maps:
+        writer.add_precompiled_charsmap(base64.b64decode(maps[0]))
+
+
+def _steps(definition: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
+    whole = definition.get(name)
+    return [] if whole is None else whole.get(inner, [whole])
+
+
+def _tokens(
+    definition: dict[str, Any], vocab_size: int, vocab: dict[str, int] | None = None
+) -> tuple[list[str], list[int]]:
     """Token texts and kinds by id."""
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
-    types = [_UNUSED] * vocab_size
+    types = [UNUSED] * vocab_size
     model = definition["model"]
-    for text, index in model["vocab"].items():
-        tokens[index], types[index] = text, _NORMAL
+    for text, index in (model["vocab"] if vocab is None else vocab).items():
+        tokens[index], types[index] = text, NORMAL
         if model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x"):
-            types[index] = _BYTE
+            types[index] = BYTE
         elif text == model.get("unk_token"):
-            types[index] = _UNKNOWN
+            types[index] = UNKNOWN
     for added in definition["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        if types[added["id"]] != _UNKNOWN:
-            types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+        if types[added["id"]] != UNKNOWN:
+            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     return tokens, types
 
 
@@ -89,64 +138,16 @@ def _scores(model: dict[str, Any], merges: list[str], vocab_size: int) -> list[f
 
 def _pre_tokenizer(definition: dict[str, Any]) -> str:
     """llama.cpp's name of how text is cut."""
-    cutting = definition.get("pre_tokenizer") or {}
-    steps = cutting.get("pretokenizers", [cutting])
+    steps = _steps(definition, "pre_tokenizer", "pretokenizers")
     patterns = [step["pattern"].get("Regex") for step in steps if step.get("type") == "Split"]
     if not patterns and any(step.get("type") == "ByteLevel" and step.get("use_regex") for step in steps):
         patterns = [GPT2_PATTERN]
     if len(patterns) != 1 or patterns[0] not in PRE_TOKENIZERS:
         raise ConfigError(
             "GGUF: llama.cpp has no name for how this tokenizer cuts text; only those of mtnlg, GPT-2, "
-            "Llama 3 and Qwen 2 can be written (in tokenizer.json: pre_tokenizer)."
+            "Llama 3, Qwen 2 and BLOOM can be written (in tokenizer.json: pre_tokenizer)."
         )
     return PRE_TOKENIZERS[patterns[0]]
-
-
-def definition_of(fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The content of a ``tokenizer.json`` for a file's header; ``None`` where we have none of its kind."""
-    patterns = {name: pattern for pattern, name in PRE_TOKENIZERS.items()}
-    pre = fields.get("tokenizer.ggml.pre")
-    if fields.get("tokenizer.ggml.model") != "gpt2" or pre not in patterns:
-        return None
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    added = [
-        {"id": index, "content": text, "special": kind == _CONTROL, **flags}
-        for index, (text, kind) in enumerate(zip(tokens, types))
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-    split = {"type": "Split", "pattern": {"Regex": patterns[pre]}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = {
-        "type": "BPE",
-        "ignore_merges": pre == "llama-bpe",
-        "vocab": {text: i for i, (text, kind) in enumerate(zip(tokens, types)) if kind != _UNUSED},
-        "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
-    }
-    return {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "post_processor": None,
-        "decoder": {**level, "use_regex": True},
-        "model": model,
-    }
-
-
-def settings_of(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a ``tokenizer_config.json`` for a file's header."""
-    tokens = fields["tokenizer.ggml.tokens"]
-    settings: dict[str, Any] = {}
-    for ours, theirs in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
-        index = fields.get(f"tokenizer.ggml.{theirs}_token_id")
-        if index is not None:
-            settings[ours] = tokens[index]
-    if "tokenizer.chat_template" in fields:
-        settings["chat_template"] = fields["tokenizer.chat_template"]
-    if fields.get("tokenizer.ggml.add_bos_token"):
-        settings["add_bos_token"] = True
-    return settings
 
 
 def _add_specials(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
@@ -157,6 +158,9 @@ def _add_specials(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_pad_token_id(tokenizer.padding_id)
     if END_OF_TURN in tokenizer.special_tokens:
         writer.add_eot_token_id(tokenizer.special_tokens[END_OF_TURN])
+    unknown = tokenizer.core.token_to_id(tokenizer.special_names.get("unk_token", ""))
+    if unknown is not None:
+        writer.add_unk_token_id(unknown)
     writer.add_add_bos_token(bool(tokenizer.settings.get("add_bos_token", False)))
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
