@@ -14,6 +14,7 @@ from tests.tuning.helpers import prepared, small_tuning, tune_here, tune_laid_ou
 
 from mtnlg import MegatronLmModel
 from mtnlg.config import ConfigError, LayoutConfig
+from mtnlg.config.adapter import AdapterConfig
 from mtnlg.parallel import build_mesh
 from mtnlg.quantization import quantized_linears
 from mtnlg.tuning import Tuning
@@ -21,8 +22,9 @@ from mtnlg.tuning import Tuning
 INT4: dict[str, Any] = {"quantize": True, "quantize_config": {"weights": "int4"}}
 
 
-def qlora(folder: Path, **sections: Any) -> Any:
-    config = small_tuning(folder, {"method": "lora"}, **sections)
+def qlora(folder: Path, adapter: dict[str, Any] | None = None, **sections: Any) -> Any:
+    tuning = {"method": "lora"} | ({} if adapter is None else {"adapter": AdapterConfig(**adapter)})
+    config = small_tuning(folder, tuning, **sections)
     return replace(config, model=replace(config.model, **INT4))
 
 
@@ -46,17 +48,23 @@ def test_quantized_weights_stay_and_updates_learn(tmp_path: Path) -> None:
     assert tuned.adapter is not None and torch.isfinite(tuned(torch.arange(9)[None]).logits).all()
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 1)], ids=["pipeline", "data"])
-def test_layouts_train_the_same(tmp_path: Path, ranks: RankPool, sizes: tuple[int, int]) -> None:
+def test_layouts_train_the_same(tmp_path: Path, ranks: RankPool) -> None:
     recorder = Recorder()
-    tune_here(prepared(qlora(tmp_path)), recorder)
-    data, pipeline = sizes
-    layout = LayoutConfig(data_parallel_size=data, pipeline_parallel_size=pipeline)
-    config = prepared(qlora(tmp_path, layout=layout, run_dir=str(tmp_path / "laid-out")))
-    found = ranks.run(2, tune_laid_out, config)[0]["losses"]
-    assert found == pytest.approx(recorder.losses, rel=1e-5)
+    adapter = {"rank": 3, "target_modules": ["all-linear"], "decomposed": True}
+    tune_here(prepared(qlora(tmp_path, adapter)), recorder)
+    for number, (tensor, pipeline, data) in enumerate([(2, 2, 1), (1, 1, 2), (4, 1, 1)]):
+        sizes = dict(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data)
+        config = qlora(tmp_path, adapter, layout=LayoutConfig(**sizes), run_dir=str(tmp_path / str(number)))
+        found = ranks.run(tensor * pipeline * data, tune_laid_out, prepared(config))[0]["losses"]
+        assert found == pytest.approx(recorder.losses, rel=1e-5), sizes
 
 
-def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="quantized weights below an adapter are not divided"):
-        qlora(tmp_path, layout=LayoutConfig(tensor_parallel_size=2))
+def test_rounded_inputs_are_not_divided(tmp_path: Path) -> None:
+    config = qlora(tmp_path)
+    rounded = {**INT4["quantize_config"], "activations": "int8"}
+    with pytest.raises(ConfigError, match="activations int8 rounds inputs"):
+        replace(
+            config,
+            model=replace(config.model, quantize_config=rounded),
+            layout=LayoutConfig(tensor_parallel_size=2),
+        )

@@ -71,9 +71,10 @@ def adapter_problems(
             f"num_virtual_tokens is {config.num_positions}: with layout.sequence_parallel, samples of "
             f"{longest} tokens must be divisible by layout.tensor_parallel_size ({tensor})."
         )
-    if model.quantize and tensor > 1:
+    rounds_inputs = model.quantize and (model.quantize_config or {}).get("activations") == "int8"
+    if rounds_inputs and tensor > 1:
         problems.append(
-            f"layout.tensor_parallel_size is {tensor}: quantized weights below an adapter are not "
-            "divided; use pipeline or data parallelism."
+            f"layout.tensor_parallel_size is {tensor}: quantize_config.activations int8 rounds inputs "
+            "under a scale for each token, and ranks have parts of them; use float."
         )
     return problems

@@ -110,17 +110,14 @@ def quantize_problems(quantize: bool, config: Mapping[str, Any] | None) -> list[
     return []
 
 
-def aware_problems(quantize: bool, tensor_parallel_size: int, is_fp8: bool) -> list[str]:
-    """What a run that trains a quantized model cannot have beside it."""
-    problems = []
-    if quantize and tensor_parallel_size > 1:
-        problems.append(
-            f"layout.tensor_parallel_size is {tensor_parallel_size}: with model.quantize the matrices are "
-            "rounded whole; use pipeline or data parallelism."
-        )
-    if quantize and is_fp8:
-        problems.append("precision.fp8 is true: with model.quantize the products are rounded already.")
-    return problems
+def aware_problems(quantize: bool, tensor_parallel_size: int, trains_adapter: bool) -> list[str]:
+    """What a run that trains a quantized model's own matrices cannot have beside it."""
+    if not quantize or trains_adapter or tensor_parallel_size == 1:
+        return []
+    return [
+        f"layout.tensor_parallel_size is {tensor_parallel_size}: with model.quantize the matrices are "
+        "rounded whole; use pipeline or data parallelism."
+    ]
 
 
 def with_quantization(

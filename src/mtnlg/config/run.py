@@ -82,6 +82,8 @@ class RunConfig:
             self.model, self.data, self.layout, self.batch, self.training, self.precision
         )
         adapter = self.adapter
+        sizes = self.layout.tensor_parallel_size
+        problems += aware_problems(self.model.quantize, sizes, trains_adapter=adapter is not None)
         if adapter is not None:
             length = self.data.sequence_length
             if self.tuning is not None:  # which cuts conversations to what there is room for
@@ -134,6 +136,6 @@ def cross_section_problems(
     # Steps of a ramp may have other numbers of micro-batches: they run a schedule that takes any.
     micro_batches = max(1, batch.global_batch_size // (batch.micro_batch_size * replicas))
     problems += layout_problems(layout, model, length, micro_batches, training, precision)
-    is_fp8 = precision is not None and precision.fp8
-    problems += aware_problems(model.quantize, layout.tensor_parallel_size, is_fp8)
+    if model.quantize and precision is not None and precision.fp8:
+        problems.append("precision.fp8 is true: with model.quantize the products are rounded already.")
     return problems + objective_problems(model, data, layout)

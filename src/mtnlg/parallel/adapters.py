@@ -31,6 +31,7 @@ from mtnlg.model.low_rank import CHILD, LowRankUpdate, dense_weight, low_rank_of
 from mtnlg.model.virtual_tokens import numbers_in_front, rows_with_virtual, source_with_virtual
 from mtnlg.parallel.exchange import TensorAxis, all_reduce
 from mtnlg.parallel.mesh import Mesh
+from mtnlg.parallel.quantized import Part, part_of, row_quantized, whole_row_norms
 from mtnlg.parallel.tensor import (
     COLUMN,
     COPY,
@@ -42,6 +43,7 @@ from mtnlg.parallel.tensor import (
     row_linear,
 )
 from mtnlg.parallel.weights import local_slice, whole_tensor
+from mtnlg.quantization import QuantizedLinear
 from mtnlg.tokens.batch import Batch
 
 if TYPE_CHECKING:
@@ -121,8 +123,7 @@ def start_laid_out_adapter(
     weights = model.state_dict()
     for name, target in weights.items():
         if name.endswith(f".{CHILD}.magnitude"):
-            matrix = _dense_weight(model, name.removesuffix(f".{CHILD}.magnitude"))
-            norms = torch.linalg.vector_norm(matrix.float(), dim=1)
+            norms = _row_norms(model, name.removesuffix(f".{CHILD}.magnitude"))
             _local(target).copy_(local_slice(norms, target))
         elif name == PROMPT_NAME:
             tokens = first_tokens(config, model.config.vocab_size, seed, text_ids)
@@ -132,15 +133,16 @@ def start_laid_out_adapter(
             _local(target).copy_(local_slice(rows, target))
 
 
-def _dense_weight(model: ParallelModel, linear: str) -> Tensor:
-    """The whole matrix of a linear layer of this rank's."""
+def _row_norms(model: ParallelModel, linear: str) -> Tensor:
+    """Lengths of the rows of the whole matrix of a linear layer of this rank's, [out]."""
     weight = dict(model.named_parameters()).get(f"{linear}.weight")
     if weight is not None:
-        return whole_tensor(weight.detach())
+        return torch.linalg.vector_norm(whole_tensor(weight.detach()).float(), dim=1)
     (found,) = [
         module for stage in model.stages for name, module in stage.decoder.named_modules() if name == linear
     ]
-    return dense_weight(found)
+    assert isinstance(found, QuantizedLinear)
+    return whole_row_norms(found)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -177,6 +179,10 @@ def _divide_update(linear: nn.Module, axis: TensorAxis) -> None:
     update, forward = low_rank_of(linear), linear.forward
     assert update is not None and isinstance(forward, partial) and isinstance(linear.weight, Tensor)
     inner: partial[Tensor] = forward.args[1]
+    part = part_of(linear)
+    if part is not None:
+        _divide_quantized(linear, update, part, inner, axis)
+        return
     share = partial(local_weight, gradient=Partial())
     placement = linear.weight.placements[0]  # type: ignore[attr-defined]
     if placement == COLUMN:
@@ -198,6 +204,43 @@ def _divide_update(linear: nn.Module, axis: TensorAxis) -> None:
         rows = inner.args[2] if inner.func is head_linear else slice(None)
         mine = partial(_rows_of_share, rows)
         update.local_up = update.local_magnitude = update.local_base = mine
+
+
+def _divide_quantized(
+    linear: nn.Module, update: LowRankUpdate, part: Part, inner: partial[Tensor], axis: TensorAxis
+) -> None:
+    """As :func:`_divide_update`, beside codes that are this rank's own part and no DTensor."""
+    _make_whole(update, part)
+    share = partial(local_weight, gradient=Partial())
+    if part.is_by_inputs:
+        distribute(update, axis, down=ROW, up=COPY, magnitude=COPY)
+        update.local_down = local_weight
+        update.local_up = update.local_magnitude = share
+        update.whole_squares = partial(all_reduce, group=axis.group)
+        if inner.func is row_quantized:
+            plain = inner.args[2]
+            updated = lambda inputs: update(inputs, plain, lambda: dense_weight(linear))  # noqa: E731
+            linear.forward = partial(row_quantized, linear, axis, updated)  # type: ignore[method-assign]
+        return
+    is_whole = part.rows == slice(0, part.shape[0])
+    if is_whole or inner.args[1] is not None:  # ranks share a head
+        distribute(update, axis, down=COPY, up=COPY, magnitude=COPY)
+        mine = partial(_rows_of_share, part.rows)
+    else:
+        distribute(update, axis, down=COPY, up=COLUMN, magnitude=COLUMN)
+        mine = local_weight  # type: ignore[assignment]
+    update.local_down = share
+    update.local_up = update.local_magnitude = mine
+    update.local_base = lambda base: mine(base) if isinstance(base, DTensor) else base
+
+
+def _make_whole(update: LowRankUpdate, part: Part) -> None:
+    """An update, on meta, that was made for a part of a matrix becomes one of all of it."""
+    outputs, inputs = part.shape
+    update.down = nn.Parameter(update.down.new_empty(len(update.down), inputs))
+    update.up = nn.Parameter(update.up.new_empty(outputs, update.up.shape[1]))
+    if update.magnitude is not None:
+        update.magnitude = nn.Parameter(update.magnitude.new_empty(outputs))
 
 
 def _rows_of_share(rows: slice, weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from mtnlg.parallel.float8 import Float8Product, check_float8, use_float8
 from mtnlg.parallel.mesh import Mesh
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.parallel.pipeline import check_division, cut_stage, keep_loss_for_two_passes
+from mtnlg.parallel.quantized import quantize_divided
 from mtnlg.parallel.recompute import recompute_activations
 from mtnlg.parallel.stage import Stage
 from mtnlg.parallel.tensor import split_matrices
@@ -75,7 +76,8 @@ def _lay_out_stage(
 ) -> Stage:
     """One stage, laid out on the meta device: memory comes when it is known which part is ours."""
     decoder = _cut(config, mesh, number)
-    if config.quantize and adapter is not None:  # QLoRA; the head and its loss stay as they are
+    is_qlora = config.quantize and adapter is not None  # the head and its loss stay as they are
+    if is_qlora and mesh.tensor_size == 1:
         quantize_model(decoder.layers, QuantizeConfig.from_dict(config.quantize_config))
     float8 = Float8Product() if precision.fp8 else None
     sends_while_multiplying = use_async_tensor_parallel(mesh, switches) and float8 is None
@@ -95,6 +97,8 @@ def _lay_out_stage(
     if splits_backward(mesh.layout):
         keep_loss_for_two_passes(decoder)
     divide_experts(decoder, mesh)
+    if is_qlora and mesh.tensor_size > 1:
+        quantize_divided(decoder, QuantizeConfig.from_dict(config.quantize_config), mesh)
     if adapter is not None:
         lay_out_adapter(decoder, adapter, mesh)
     share_context(decoder, mesh)

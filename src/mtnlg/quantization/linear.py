@@ -118,10 +118,15 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] → [..., out], in the dtype of the inputs"""
+        product = self.product(inputs)
+        return product if self.bias is None else product + self.bias
+
+    def product(self, inputs: Tensor) -> Tensor:
+        """:meth:`forward` without the bias."""
         if self.config.activations == "int8":
             inputs = rounded_activations(inputs)
-        product: Tensor = _Product.apply(inputs, self)
-        return product if self.bias is None else product + self.bias
+        found: Tensor = _Product.apply(inputs, self)
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Moves go for all; conversions of dtype leave the scales in float32."""

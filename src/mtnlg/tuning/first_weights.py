@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mtnlg.config import CheckpointError
 from mtnlg.parallel.model import ParallelModel
+from mtnlg.parallel.quantized import set_whole_matrix
 from mtnlg.parallel.weights import local_slice
 from mtnlg.quantization import quantized_linears
-from mtnlg.quantization.numbers import quantize
 from mtnlg.training.optimizers import local
 
 Stream = Callable[..., Iterator[tuple[str, Tensor]]]
@@ -78,7 +78,7 @@ def load_codes(model: ParallelModel, stream: Stream, where: str) -> None:
     for name, whole in stream(frozenset(linears)) if linears else ():
         if name in linears:
             linear = linears[name]
-            linear.set_codes(quantize(whole, linear.config))
+            set_whole_matrix(linear, whole)
             missing.discard(name)
     if missing:
         raise CheckpointError(
