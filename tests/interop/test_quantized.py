@@ -9,7 +9,7 @@ import torch
 
 from mtnlg import MegatronLmModel, MegatronModelConfig
 from mtnlg.config import CheckpointError
-from mtnlg.interop.quantized import pack_words, unpack_words
+from mtnlg.interop.words import pack_words, unpack_words
 from mtnlg.quantization import quantized_linears
 from mtnlg.training.model_files import open_model_files
 

@@ -87,7 +87,7 @@ def _to_hugging_face(files: ModelFiles, out: Path, arguments: Namespace, progres
     tokenizer = files.tokenizer
     write_hugging_face_folder(
         out,
-        files.config,
+        files.float_config,
         files.stream,
         end_of_text_id=end_id(tokenizer),
         padding_id=None if tokenizer is None else tokenizer.special_tokens.get("<|padding|>"),
@@ -115,14 +115,14 @@ def _to_gguf(files: ModelFiles, out: Path, arguments: Namespace, progress: Progr
     from mtnlg.interop import write_gguf
 
     precision = GGUF_NAMES.get(arguments.precision, arguments.precision)
-    write_gguf(out, files.config, files.stream, files.tokenizer, precision, out.stem, progress)
+    write_gguf(out, files.float_config, files.stream, files.tokenizer, precision, out.stem, progress)
     return f"llama-cli -m {out}"
 
 
 def _to_megatron(files: ModelFiles, out: Path, arguments: Namespace, progress: Progress) -> str:
     from mtnlg.interop import write_megatron
 
-    write_megatron(out, files.config, files.stream, dtype_of(arguments), progress)
+    write_megatron(out, files.float_config, files.stream, dtype_of(arguments), progress)
     if files.tokenizer is not None:
         files.tokenizer.save_pretrained(out)
     return f"Megatron-LM with --load {out} --ckpt-format torch_dist --use-checkpoint-args"

@@ -36,7 +36,7 @@ def kernel_of(module: object) -> NativeKernel | None:
     if not isinstance(module, QuantizedLinear) or module.config.weights not in ("int8", "int4"):
         return None
     is_cut_evenly = module.num_groups == 1 or module.group_length % INPUTS_OF_A_VECTOR == 0
-    if not is_cut_evenly or module.codes.device.type != "cpu":
+    if not is_cut_evenly or module.codes.device.type != "cpu" or module.order is not None:
         return None
     return KERNEL if module.config.activations == "int8" else FLOAT_KERNEL
 

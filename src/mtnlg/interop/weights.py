@@ -120,7 +120,7 @@ def _places(
     places = {rule: name for rule, name in sought.items() if name is not None}
     missing = [rule.theirs for rule in sought if rule not in places]
     extra = sorted(
-        name for name in source.names - set(places.values()) if not _may_be_left_over(name, config)
+        name for name in source.names - set(places.values()) if not may_be_left_over(name, config)
     )
     shapes = {rule: (source.shape(name), rule.shape) for rule, name in places.items()}
     wrong = {rule: pair for rule, pair in shapes.items() if pair[1] is not None and pair[0] != pair[1]}
@@ -143,6 +143,7 @@ def _find(name: str, source: TensorFolder) -> str | None:
     return next((candidate for candidate in (name, bare, *copies) if candidate in source.names), None)
 
 
-def _may_be_left_over(name: str, config: MegatronModelConfig) -> bool:
+def may_be_left_over(name: str, config: MegatronModelConfig) -> bool:
+    """Whether a tensor without a parameter is a copy of another, or a buffer of old releases."""
     tied_copy = config.tie_word_embeddings and name in ("lm_head.weight", "embed_out.weight")
     return tied_copy or name.endswith(_IGNORED_ENDINGS)

@@ -15,6 +15,7 @@ from mtnlg.quantization.numbers import (
     Codes,
     dequantize,
     group_length,
+    in_order,
     num_groups,
     pack_int4,
     quantize,
@@ -28,7 +29,9 @@ class QuantizedLinear(nn.Module):
 
     The codes are buffers and get no gradient; the inputs do. In state dicts: ``codes`` [out, in] int8, or
     two to a byte [out, in / 2] uint8 for int4, or float8's bytes as uint8; ``scales`` [out, groups]
-    float32; ``zeros`` [out, groups] int8 where the config is not symmetric.
+    float32; ``zeros`` [out, groups] int8 where the config is not symmetric; ``order`` [in] int32 where the
+    inputs of a group are no neighbours: the column of codes j belongs to the input ``order[j]`` (GPTQ's
+    activation order, only in files of others).
 
     Args:
         in_features: inputs.
@@ -42,6 +45,7 @@ class QuantizedLinear(nn.Module):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    order: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -67,6 +71,7 @@ class QuantizedLinear(nn.Module):
             None if config.symmetric else torch.empty(out_features, groups, dtype=torch.int8, device=device)
         )
         self.register_buffer("zeros", zeros)
+        self.register_buffer("order", None)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -103,7 +108,7 @@ class QuantizedLinear(nn.Module):
         self.zeros = None if codes.zeros is None else codes.zeros.to(self.scales.device)
 
     def unpacked(self) -> Codes:
-        """Codes [out, in] in a byte each, scales and zeros."""
+        """Codes [out, in] in a byte each, scales and zeros; columns lie as :attr:`order` says."""
         codes = self.codes
         if self.config.weights == "int4":
             codes = unpack_int4(codes, self.in_features)
@@ -114,7 +119,7 @@ class QuantizedLinear(nn.Module):
     @torch.no_grad()
     def dequantize(self) -> Tensor:
         """The matrix that the codes stand for: [out, in] float32."""
-        return dequantize(self.unpacked(), self.group_length)
+        return in_order(dequantize(self.unpacked(), self.group_length), self.order)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] → [..., out], in the dtype of the inputs"""

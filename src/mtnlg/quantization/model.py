@@ -12,7 +12,7 @@ from mtnlg.config.quantize import QuantizeConfig
 from mtnlg.quantization.linear import QuantizedLinear
 from mtnlg.quantization.numbers import quantize
 
-CODE_NAMES = ("codes", "scales", "zeros")
+CODE_NAMES = ("codes", "scales", "zeros", "order")
 HEAD = "head.output"
 
 
@@ -80,7 +80,9 @@ def codes_of_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, 
     """State for a quantized ``model`` from weights that are not quantized yet, or not all.
 
     Each quantized layer's matrix becomes codes, rounded to the nearest, one at a time and freeing the
-    matrix; a head without a matrix of its own is the embedding's. Codes that are there stay.
+    matrix; a head without a matrix of its own is the embedding's. Codes that are there stay, and where
+    there are some, layers without are those that whoever quantized the model left in floating point: they
+    become plain ones again.
 
     Args:
         model: as :func:`quantize_model` left it; may be on meta.
@@ -91,12 +93,17 @@ def codes_of_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, 
     """
     state: dict[str, Tensor] = {}
     linears = quantized_linears(model)
+    were_chosen = any(name.endswith(".codes") for name in weights)
     if HEAD in linears and not weights.keys() & {f"{HEAD}.codes", f"{HEAD}.weight"}:
         weights[f"{HEAD}.weight"] = weights["embedding.tokens.weight"]
     for name, linear in linears.items():
         weight = weights.pop(f"{name}.weight", None)
         if weight is None or f"{name}.codes" in weights:
             _check_codes(name, linear, weights)
+            continue
+        if were_chosen and name != HEAD:
+            set_module(model, name, _plain(linear, weight))
+            state[f"{name}.weight"] = weight
             continue
         linear.dtype = weight.dtype
         codes = QuantizedLinear(
@@ -107,7 +114,16 @@ def codes_of_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, 
     return {**weights, **state}
 
 
+def _plain(linear: QuantizedLinear, weight: Tensor) -> nn.Linear:
+    """A layer in floating point in the place of a quantized one, without numbers yet."""
+    made = nn.Linear(linear.in_features, linear.out_features, False, device="meta", dtype=weight.dtype)
+    made.register_parameter("bias", linear.bias)
+    return made.train(linear.training)
+
+
 def _check_codes(name: str, linear: QuantizedLinear, weights: dict[str, Tensor]) -> None:
+    if f"{name}.order" in weights:
+        linear.order = torch.empty(linear.in_features, dtype=torch.int32, device=linear.codes.device)
     for key, expected in linear.state_dict().items():
         found = weights.get(f"{name}.{key}")
         if key in CODE_NAMES and found is not None and found.dtype != expected.dtype:

@@ -118,6 +118,13 @@ def dequantize(codes: Codes, length: int) -> Tensor:
     return (grouped * codes.scales[..., None].float()).flatten(1)[:, : codes.codes.shape[1]]
 
 
+def in_order(columns: Tensor, order: Tensor | None) -> Tensor:
+    """[out, in] whose column j belongs to the input ``order[j]``, in the order of the inputs."""
+    if order is None:
+        return columns
+    return torch.empty_like(columns).index_copy_(1, order.long(), columns)
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """[out, in] int8 of -8..7 → [out, in / 2 rounded up] uint8."""
     unsigned = F.pad(codes, (0, codes.shape[1] % 2)).to(torch.uint8) & 15

@@ -12,6 +12,7 @@ from torch import Tensor
 from mtnlg.config import CheckpointError, ConfigError
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.interop import nearest_architecture, write_hugging_face_folder, write_tensors
+from mtnlg.interop.names import parameter_shapes
 from mtnlg.tokens import Tokenizer
 from mtnlg.training import checkpoint_files
 from mtnlg.training.model_files import ModelFiles
@@ -46,13 +47,13 @@ def import_model(
             "they do not belong together."
         )
     try:
-        family = nearest_architecture(files.config).model_type
+        family = nearest_architecture(files.float_config).model_type
     except ConfigError:
         _write_checkpoint(files, out, tokenizer, dtype, progress)
         return "a checkpoint of mtnlg (no Hugging Face family computes this model)"
     end = None if tokenizer is None else tokenizer.end_of_text_id
     write_hugging_face_folder(
-        out, files.config, files.stream, end_of_text_id=end, dtype=dtype, progress=progress
+        out, files.float_config, files.stream, end_of_text_id=end, dtype=dtype, progress=progress
     )
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
@@ -67,10 +68,11 @@ def _write_checkpoint(
     progress: Progress,
 ) -> None:
     written = 0
+    names = set(parameter_shapes(files.config)) if files.holds_codes else None
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal written
-        for name, tensor in files.stream(None):
+        for name, tensor in files.stream(names):
             written += tensor.numel()
             progress("writing", written, files.config.num_parameters, "parameters")
             yield name, tensor.to(dtype)
@@ -80,7 +82,7 @@ def _write_checkpoint(
         write_tensors(out / "weights", tensors())
         if tokenizer is not None:
             tokenizer.save_pretrained(out / "tokenizer")
-        state = {"step": 0, "tokens": 0, "config": {"model": files.config.to_dict()}}
+        state = {"step": 0, "tokens": 0, "config": {"model": files.float_config.to_dict()}}
         (out / checkpoint_files.STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         kept = [name for name in checkpoint_files.data_files(out) if not name.startswith("tokenizer/")]
         checkpoint_files.write_manifest(

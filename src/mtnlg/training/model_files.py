@@ -49,6 +49,8 @@ class ModelFiles:
             argument, ``cut(name, whole)``, gives the view of each that is wanted: only that is read.
         adapter: of an adapter's folder, whose updates ``read`` and ``stream`` have merged already.
         base: what it was made for.
+        holds_codes: the files are quantized already; what ``stream`` is asked for by name it gives in
+            floating point.
     """
 
     config: MegatronModelConfig
@@ -57,6 +59,13 @@ class ModelFiles:
     stream: Callable[..., Iterator[tuple[str, Tensor]]]
     adapter: Adapter | None = None
     base: ModelFiles | None = None
+    holds_codes: bool = False
+
+    @property
+    def float_config(self) -> MegatronModelConfig:
+        """The architecture of a copy whose parameters are streamed by name."""
+        config = self.config
+        return replace(config, quantize=False, quantize_config=None) if self.holds_codes else config
 
 
 def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
@@ -90,7 +99,7 @@ def open_model_files(name_or_path: str | os.PathLike[str]) -> ModelFiles:
     if quantization_of(folder) is not None:
         config = read_quantized_config(folder)
         read, stream = partial(read_quantized, folder, config), partial(stream_quantized, folder, config)
-        return ModelFiles(config, _read_tokenizer(folder), read, stream)
+        return ModelFiles(config, _read_tokenizer(folder), read, stream, holds_codes=True)
     config = read_config(folder)
     read, stream = partial(read_weights, folder, config), partial(stream_weights, folder, config)
     return ModelFiles(config, _read_tokenizer(folder, config), read, stream)
