@@ -19,7 +19,7 @@ from mtnlg.generation.keeper import EngineKeeper
 from mtnlg.generation.options import DetailedOptions, GenerationOptions
 from mtnlg.generation.prompts import Prompt, end_id
 from mtnlg.interop import write_hugging_face
-from mtnlg.interop.quantized import write_quantized
+from mtnlg.interop.quantized_writing import write_quantized
 from mtnlg.interop.tensor_folder import MAX_SHARD_BYTES
 from mtnlg.model import MegatronLmDecoder, initialize_weights
 from mtnlg.pretrained import Pretrained, Quantize
