@@ -12,9 +12,21 @@ from tests.parallel.parity import T5
 from tests.training.helpers import Recorder, metrics_lines, small_config, train_here
 
 from mtnlg.config import LoggingConfig, MegatronModelConfig, StopConfig
+from mtnlg.config.adapter import AdapterConfig
+from mtnlg.model import MegatronLmDecoder
+from mtnlg.model.adapters import put_adapter
+from mtnlg.model.loss import summed_cross_entropy
+from mtnlg.model.virtual_tokens import rows_with_virtual
 from mtnlg.training import meter, metrics, peak
 from mtnlg.training.flops import forward_flops, hardware_flops_per_token, model_flops_per_token
 
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
 MT_NLG = MegatronModelConfig.from_preset("mt-nlg-530b", vocab_size=51_200)
 
 
@@ -199,3 +211,39 @@ def test_flops_of_an_encoder_decoder_are_those_that_torch_counts(fields: dict[st
     assert 48 * (forward.linear + forward.attention + forward.head) == counter.get_total_flops()
     executed = hardware_flops_per_token(config, 24, "full", target_length=9)
     assert executed == 4 * (forward.linear + forward.attention) + 3 * forward.head
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prompt"])
+def test_flops_of_training_an_adapter_are_those_that_torch_counts(method: str) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = MegatronModelConfig(vocab_size=53, **SMALL)  # type: ignore[arg-type]
+    model, adapter = MegatronLmDecoder(config), None
+    if method != "full":
+        targets = ["all-linear", "embedding.tokens", "head.output"]
+        adapter = AdapterConfig(method=method, rank=3, target_modules=targets, num_virtual_tokens=5)
+        put_adapter(model, adapter)
+    ids = torch.ones(2, 24, dtype=torch.long)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        # As a run does: virtual tokens have logits, too.
+        read = ids if adapter is None else rows_with_virtual(adapter, 53, ids)[0]
+        MegatronLmDecoder.forward(model, read).logits.sum().backward()
+    expected = 48 * model_flops_per_token(config, 24, adapter=adapter)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
+    again = hardware_flops_per_token(config, 24, "full", adapter=adapter)
+    assert 1.2 < again * 48 / expected < 1.5
+
+
+def test_a_frozen_head_has_no_weight_gradient() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden = torch.randn(1, 6, 8, requires_grad=True)
+    counted = {}
+    for is_frozen in (False, True):
+        weight = torch.randn(11, 8, requires_grad=not is_frozen)
+        with FlopCounterMode(display=False) as counter:
+            summed_cross_entropy(hidden, weight, torch.ones(1, 6, dtype=torch.long)).backward()
+        counted[is_frozen] = counter.get_total_flops()
+        assert (weight.grad is None) == is_frozen and hidden.grad is not None
+    assert counted == {False: 3 * 2 * 6 * 8 * 11, True: 2 * 2 * 6 * 8 * 11}

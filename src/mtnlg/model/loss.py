@@ -78,6 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         ctx.runs_once = runs_once
+        wants_weight = ctx.needs_input_grad[1]  # a frozen head has no gradient
         step = tokens_per_chunk(len(targets), weight.shape[0])
         rows = max(1, block_bytes // (4 * weight.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=tokens.device)
@@ -92,19 +93,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 block.copy_(gradient if softcap is None else gradient * softcap_slope(capped, softcap))
                 total += loss
             token_gradient[start : start + step] = logits @ weight.to(logits.dtype)
+            if not wants_weight:
+                continue
             update = logits.t() @ part.to(logits.dtype)  # [vocab, hidden]
             if weight_gradient is None:
                 weight_gradient = update if step >= len(targets) else update.float()
             else:
                 weight_gradient += update
-        if weight_gradient is None:
+        if weight_gradient is None and wants_weight:
             weight_gradient = torch.zeros_like(weight)
-        ctx.save_for_backward(token_gradient, weight_gradient.to(weight.dtype))
+        gradients = [token_gradient]
+        if weight_gradient is not None:
+            gradients.append(weight_gradient.to(weight.dtype))
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once), *[None] * 5)
+        found = scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once)
+        return (*found, *[None] * (7 - len(found)))
 
 
 def softcapped(logits: Tensor, softcap: float | None) -> Tensor:

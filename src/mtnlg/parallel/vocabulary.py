@@ -141,13 +141,15 @@ class _SplitCrossEntropy(torch.autograd.Function):
             product,
             softcap,
             with_gradients=any(ctx.needs_input_grad),
+            wants_weight=ctx.needs_input_grad[1],
         )
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
         return total
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once), *[None] * 6)
+        found = scaled(ctx.saved_tensors, output_gradients[0], ctx.runs_once)
+        return (*found, *[None] * (8 - len(found)))
 
 
 def _loss_and_gradients(
@@ -159,6 +161,7 @@ def _loss_and_gradients(
     product: Callable[..., Tensor],
     softcap: float | None,
     with_gradients: bool,
+    wants_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Summed loss of [tokens, hidden] and its gradients by them and by [part of vocab, hidden]."""
     step = tokens_per_chunk(len(targets), shards.vocab_size if gathers else shards.largest)
@@ -178,12 +181,14 @@ def _loss_and_gradients(
         if token_gradient is not None:
             gradient = (gradient if slope is None else gradient * slope).to(weight.dtype)
             token_gradient[start : start + step] = product(gradient, weight.t())
+            if not wants_weight:  # a frozen head has no gradient
+                continue
             update = gradient.t() @ part  # [part of vocab, hidden]
             if weight_gradient is None:
                 weight_gradient = update if step >= len(targets) else update.float()
             else:
                 weight_gradient += update
-    if with_gradients and weight_gradient is None:
+    if wants_weight and weight_gradient is None:
         weight_gradient = torch.zeros_like(weight)
     return total, token_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype)
 

@@ -5,6 +5,10 @@ For GPT with an MLP of ``4 * hidden`` the counts below are the paper's: with ful
 ``72 B s l h² (1 + s / 6h + V / 12 l h)``. Like the paper they count matrix products only, attention in
 full (not halved for causality), and two operations for a multiply-add. Model FLOPs (for MFU) never
 count recomputation; hardware FLOPs (for HFU) do (Chowdhery et al., arXiv 2204.02311, appendix B).
+
+Below an adapter weights are frozen: a matrix is passed through twice, once each way, and its own gradient
+is not computed. That is 4 operations for each of its weights and tokens instead of 6; the products of
+attention have no weights and keep their two gradients.
 """
 
 from __future__ import annotations
@@ -12,8 +16,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
+
 from mtnlg.config import MegatronModelConfig
+from mtnlg.config.adapter import EMBEDDING_TARGET, AdapterConfig
 from mtnlg.config.moe import has_experts, mlp_weights
+from mtnlg.model import MegatronEncoderDecoder, MegatronLmDecoder
+from mtnlg.model.adapters import adapted_linears, put_adapter
+from mtnlg.model.initialization import NoInitialization
+from mtnlg.model.low_rank import low_rank_of
 
 
 @dataclass(frozen=True)
@@ -77,11 +88,42 @@ def _keys_seen(config: MegatronModelConfig, layer: int, sequence_length: int) ->
 
 
 def model_flops_per_token(
-    config: MegatronModelConfig, sequence_length: int, target_length: int = 0
+    config: MegatronModelConfig,
+    sequence_length: int,
+    target_length: int = 0,
+    adapter: AdapterConfig | None = None,
 ) -> float:
-    """Operations that training one token needs: the forward pass, and twice it for the backward."""
-    forward = forward_flops(config, sequence_length, target_length)
-    return 3.0 * (forward.linear + forward.attention + forward.head)
+    """Operations that training one token needs: the forward pass, and twice it for the backward.
+
+    Args:
+        config: the architecture.
+        sequence_length: tokens of one sequence, without virtual ones.
+        target_length: see :func:`forward_flops`.
+        adapter: is trained alone. Its virtual tokens are work for those of the text.
+    """
+    if adapter is None:
+        forward = forward_flops(config, sequence_length, target_length)
+        return 3.0 * (forward.linear + forward.attention + forward.head)
+    longest = sequence_length + adapter.num_positions
+    forward = forward_flops(config, longest, target_length)
+    passed = 2.0 * (forward.linear + forward.head) + 3.0 * forward.attention
+    return (passed + 3.0 * update_flops(config, adapter)) * longest / sequence_length
+
+
+def update_flops(config: MegatronModelConfig, adapter: AdapterConfig) -> float:
+    """Operations of LoRA's matrices in a forward pass, per token that goes through a layer."""
+    if adapter.method != "lora":
+        return 0.0
+    with torch.device("meta"), NoInitialization():
+        model = (MegatronEncoderDecoder if config.has_encoder else MegatronLmDecoder)(config)
+    put_adapter(model, adapter, inserts=False)
+    total = 0
+    for name, linear in adapted_linears(model):
+        update = low_rank_of(linear)
+        assert update is not None
+        looked_up = name == EMBEDDING_TARGET  # what is looked up is not multiplied
+        total += update.up.numel() + (0 if looked_up else update.down.numel())
+    return 2.0 * total
 
 
 def hardware_flops_per_token(
@@ -90,6 +132,7 @@ def hardware_flops_per_token(
     recomputation: str = "none",
     operators: Collection[str] = (),
     target_length: int = 0,
+    adapter: AdapterConfig | None = None,
 ) -> float:
     """Operations that training one token executes.
 
@@ -100,17 +143,21 @@ def hardware_flops_per_token(
             ``budget`` recomputes is decided later, and not counted.
         operators: ``training.recomputed_operators``, where ``recomputation`` is ``operators``.
         target_length: see :func:`forward_flops`.
+        adapter: see :func:`model_flops_per_token`.
     """
-    forward = forward_flops(config, sequence_length, target_length)
+    longest = sequence_length + (0 if adapter is None else adapter.num_positions)
+    forward = forward_flops(config, longest, target_length)
     recomputed = {"selective": {"attention"}, "operators": set(operators)}.get(recomputation, set())
     again = 0.0
     if recomputation == "full":
         again = forward.linear + forward.attention
+        again += 0.0 if adapter is None else update_flops(config, adapter)
     elif recomputed & {"attention", "linear"}:
         again = forward.attention
     if "linear" in recomputed:
         again += _first_matrices_flops(config, target_length / sequence_length)
-    return model_flops_per_token(config, sequence_length, target_length) + again
+    least = model_flops_per_token(config, sequence_length, target_length, adapter)
+    return least + again * longest / sequence_length
 
 
 def _first_matrices_flops(config: MegatronModelConfig, written: float) -> float:

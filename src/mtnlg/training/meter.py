@@ -62,13 +62,14 @@ class Meter:
         length = config.data.sequence_length
         self.peak = layout_peak_flops(mesh, compute_dtype(config.precision.dtype))
         target = config.data.target_length(config.model.has_encoder)
-        self.model_flops = model_flops_per_token(config.model, length, target)
+        self.model_flops = model_flops_per_token(config.model, length, target, config.adapter)
         self.hardware_flops = hardware_flops_per_token(
             config.model,
             length,
             config.training.activation_recomputation,
             config.training.recomputed_operators,
             target,
+            config.adapter,
         )
         self.learning_rate = config.optimizer.learning_rate
         self.sequence_length = length
