@@ -139,11 +139,12 @@ def continued(model, ids, count):
 
     An encoder-decoder reads ``ids``; its logits are those after the tokens that follow.
     """
-    written = [model.config.decoder_start_token_id] if model.config.has_encoder else list(ids)
+    has_encoder = model.config.has_encoder
+    written = [model.config.decoder_start_token_id] if has_encoder else list(ids)
+    source = [torch.tensor([ids])] if has_encoder else []
+    found = []
     with torch.no_grad():
-        for step in range(count):
-            rows = (torch.tensor([ids]), torch.tensor([written])) if model.config.has_encoder else None
-            logits = model(*rows).logits[0] if rows else model(torch.tensor([written])).logits[0]
-            first = logits if step == 0 or model.config.has_encoder else first
-            written.append(int(logits[-1].argmax()))
-    return first, written[-count:]
+        for _ in range(count):
+            found.append(model(*source, torch.tensor([written])).logits[0])
+            written.append(int(found[-1][-1].argmax()))
+    return found[-1 if has_encoder else 0], written[-count:]

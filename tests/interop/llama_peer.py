@@ -26,8 +26,9 @@ def answer(task):
         ]
     vocab_only = not task.get("new")
     model = Llama(
-        task["file"], n_ctx=task.get("context", 64), n_threads=1, n_threads_batch=1, logits_all=not vocab_only,
-        type_k=0, type_v=0, flash_attn=False, vocab_only=vocab_only, verbose=False,
+        task["file"], n_ctx=task.get("context", 64), n_threads=1, n_threads_batch=1,
+        logits_all=not vocab_only, type_k=0, type_v=0, flash_attn=False, vocab_only=vocab_only,
+        verbose=False,
     )  # fmt: skip
     found = {"tokens": [], "greedy": [], "logits": [], "texts": []}
     for text in task.get("prompts", []):

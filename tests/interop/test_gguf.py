@@ -9,6 +9,8 @@ import struct
 import pytest
 import torch
 from tests.interop.gguf_models import FAMILIES, IDS, LLAMA, SIZES, TEXTS, continued, model_of, write
+from tests.interop.gguf_tokenizers import TEXTS as PIECES
+from tests.interop.gguf_tokenizers import likely_pieces, merging_pieces
 
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
 from mtnlg.interop import write_gguf
@@ -51,7 +53,7 @@ def changed(path, *pairs):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_there_and_back_is_the_same_model(tmp_path, name):
-    """Bit for bit and in every field; and without what only we write, as others' files are, it is as good."""
+    """Bit for bit, in every field; without what only we write, like others' files, it computes the same."""
     model = model_of(**FAMILIES[name])
     path = write(tmp_path / "m.gguf", model, None, "f32")
     files = open_model_files(path)
@@ -169,6 +171,20 @@ def test_the_tokenizer_goes_along(tmp_path, tokenizer):
     assert len(tokens) == 340 and len(set(tokens)) == 340
     assert types[:7] == [int(gguf.TokenType.CONTROL)] * 6 + [int(gguf.TokenType.NORMAL)]
     assert types[-1] == int(gguf.TokenType.UNUSED), "ids without a token"
+
+
+def test_pieces_come_back(tmp_path):
+    """SentencePiece's two kinds: as pieces that merge by their scores, and as T5's likeliest ones."""
+    merging, likely = merging_pieces(), likely_pieces()
+    for fields, told in ((LLAMA, merging), (FAMILIES["t5"], likely)):
+        path = write(tmp_path / "m.gguf", model_of(**fields), told, "f16")
+        found = open_model_files(path).tokenizer
+        assert type(found) is type(told)
+        for text in (*PIECES, "猫 <extra_id_0> the"):
+            ids = told.encode(text)
+            assert found.encode(text) == ids and found.decode(ids) == told.decode(ids)
+        assert found.end_of_text_id == told.end_of_text_id and found.padding_id == told.padding_id
+        assert found.special_tokens == told.special_tokens
 
 
 def split_in_two(path):

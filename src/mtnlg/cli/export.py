@@ -20,7 +20,7 @@ EXAMPLE = """
 mtnlg export runs/demo --format hf --out exported/demo
 mtnlg export runs/demo --format hf --precision bf16 --out exported/demo-bf16
 mtnlg export runs/demo --format hf --quantize int4 --out exported/demo-int4
-mtnlg export runs/demo --format gguf --precision q8_0 --out exported/demo-q8_0.gguf
+mtnlg export runs/demo --format gguf --precision q4_k_m --out exported/demo-q4_k_m.gguf
 mtnlg export runs/demo --format megatron --out exported/demo-megatron
 """
 FORMATS = ("hf", "gguf", "megatron")
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str | None,
         default=None,
         help="float32, bf16 or fp16; null keeps it (gguf: fp16). "
-        "gguf also takes q8_0, q5_1, q5_0, q4_1, q4_0",
+        "gguf also takes q8_0, q6_k, q5_k_m, q4_k_m, ... (docs/export.md has them all)",
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="hf: largest file of weights")
     add_quantize_arguments(parser)
