@@ -42,7 +42,7 @@ from mtnlg.parallel.tensor import (
     local_weight,
     row_linear,
 )
-from mtnlg.parallel.weights import local_slice, whole_tensor
+from mtnlg.parallel.weights import TIED_ORIGINAL, local_slice, whole_tensor
 from mtnlg.quantization import QuantizedLinear
 from mtnlg.tokens.batch import Batch
 
@@ -135,7 +135,10 @@ def start_laid_out_adapter(
 
 def _row_norms(model: ParallelModel, linear: str) -> Tensor:
     """Lengths of the rows of the whole matrix of a linear layer of this rank's, [out]."""
-    weight = dict(model.named_parameters()).get(f"{linear}.weight")
+    weights = dict(model.named_parameters())
+    weight = weights.get(f"{linear}.weight")
+    if weight is None and linear == HEAD_TARGET:  # tied
+        weight = weights.get(TIED_ORIGINAL)
     if weight is not None:
         return torch.linalg.vector_norm(whole_tensor(weight.detach()).float(), dim=1)
     (found,) = [

@@ -11,6 +11,8 @@ DORA = {**LORA, "decomposed": True}
 STABILIZED = {**LORA, "rank_stabilized": True}
 PROMPT: dict[str, Any] = {"method": "prompt", "num_virtual_tokens": 4}
 PREFIX = {**PROMPT, "method": "prefix"}
+ENDS = {**LORA, "target_modules": ["attention.query", "embedding.tokens", "head.output"]}
+DORA_HEAD = {**DORA, "target_modules": ["mlp.up", "head.output"]}
 METHODS = (LORA, DORA, PROMPT, PREFIX)
 FULL = {"activation_recomputation": "full"}
 OPERATORS = {"activation_recomputation": "operators", "recomputed_operators": ["linear", "normalization"]}
@@ -26,6 +28,8 @@ SLICE = [
     Case(data=2, layout={"data_parallel_sharding": "ddp"}, adapter=PREFIX, documents=True),
     Case(tensor=2, pipeline=2, family="llama", adapter=PREFIX, documents=True),
     Case(tensor=2, data=2, tied=False, layout={"data_parallel_sharding": "zero3"}, adapter=LORA),
+    Case(tensor=2, pipeline=2, adapter=ENDS),
+    Case(tensor=2, data=2, tied=False, layout={"data_parallel_sharding": "zero3"}, adapter=DORA_HEAD),
 ]
 
 # First gradients differ by 2e-6; weights have taken three steps at a rate of 0.1, each of which multiplies
@@ -41,6 +45,10 @@ CASES = [
         if not (family == "moe" and adapter is DORA)
     ),
     *(Case(*sizes, adapter=STABILIZED) for sizes in SEVEN),
+    *(Case(*sizes, tied=tied, adapter=ENDS) for sizes in SEVEN for tied in (True, False)),
+    *(Case(*sizes, family="llama", adapter=DORA_HEAD, bound=BOUND) for sizes in SEVEN),
+    *(Case(tensor=2, layout={"sequence_parallel": False}, adapter=one) for one in (ENDS, DORA_HEAD)),
+    *(Case(data=2, model={"parallel_output": False}, tensor=2, adapter=one) for one in (ENDS, DORA_HEAD)),
     *(
         Case(*sizes, adapter={**PROMPT, "prompt_style": style})
         for sizes in ((2, 1, 1), (1, 2, 1), (1, 1, 2))
@@ -55,6 +63,6 @@ CASES = [
         Case(tensor=4, family="llama", adapter=adapter, bound=BOUND)  # ranks share key and value heads
         for adapter in METHODS
     ),
-    *(Case(context=2, adapter=adapter, documents=True) for adapter in (LORA, DORA)),
+    *(Case(context=2, adapter=adapter, documents=True) for adapter in (LORA, DORA, ENDS)),
     *(Case(*sizes, adapter=LORA, precision={"dtype": "bf16"}) for sizes in SEVEN),
 ]
