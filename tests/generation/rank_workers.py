@@ -15,10 +15,11 @@ from torch import Tensor
 from mtnlg.config import MegatronModelConfig
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation import Engine, GenerationRequest, SamplingRules
+from mtnlg.generation.encoder_decoder_runner import EncoderDecoderRunner
 from mtnlg.generation.ranks import RankRunner, Share, follow
 from mtnlg.generation.runner import PlainRunner, Row, Runner
 from mtnlg.interop.adapter import Adapter, load_adapter
-from mtnlg.model import MegatronLmDecoder, initialize_weights
+from mtnlg.model import LanguageModel, MegatronEncoderDecoder, MegatronLmDecoder, initialize_weights
 from mtnlg.parallel.inference import Cut
 
 REQUESTS = [
@@ -40,8 +41,8 @@ class Weights:
         yield from ((name, cut(name, state[name]).clone()) for name in names)
 
 
-def plain_model(config: MegatronModelConfig) -> MegatronLmDecoder:
-    model = MegatronLmDecoder(config)
+def plain_model(config: MegatronModelConfig) -> LanguageModel:
+    model = MegatronEncoderDecoder(config) if config.has_encoder else MegatronLmDecoder(config)
     initialize_weights(model, config, seed=3)
     return model.eval()
 
@@ -70,7 +71,7 @@ def generate(
 
 def answers(runner: Runner, config: MegatronModelConfig, engine: EngineConfig) -> list[list[int]]:
     with torch.device("meta"):
-        shapes = MegatronLmDecoder(config)
+        shapes = MegatronEncoderDecoder(config) if config.has_encoder else MegatronLmDecoder(config)
     running = Engine(shapes, None, engine, runner)
     handles = [running.submit(GenerationRequest(**fields)) for fields in REQUESTS]  # type: ignore[arg-type]
     return [handle.result().new_ids for handle in handles]
@@ -79,8 +80,8 @@ def answers(runner: Runner, config: MegatronModelConfig, engine: EngineConfig) -
 def expected(model_fields: dict[str, Any], engine_fields: dict[str, Any]) -> list[list[int]]:
     """The same of one process with the plain runner."""
     config = MegatronModelConfig(**model_fields)
-    runner = PlainRunner(plain_model(config), num_pages=64)
-    return answers(runner, config, EngineConfig(**engine_fields))
+    kind = EncoderDecoderRunner if config.has_encoder else PlainRunner
+    return answers(kind(plain_model(config), num_pages=64), config, EngineConfig(**engine_fields))
 
 
 OWN = "prompt"  # what requests have that name no adapter

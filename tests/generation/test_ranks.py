@@ -36,7 +36,15 @@ LLAMA = GPT | dict(
 EXPERTS = LLAMA | dict(
     num_experts=4, num_experts_per_token=2, moe_intermediate_size=24, num_shared_experts=1
 )
-FAMILIES = {"gpt": GPT, "llama": LLAMA, "experts": EXPERTS}
+PAIR = GPT | dict(
+    architecture="encoder_decoder",
+    num_decoder_layers=2,
+    position_embedding="relative",
+    normalization="rmsnorm",
+    attention_bias=False,
+    mlp_bias=False,
+)
+FAMILIES = {"gpt": GPT, "llama": LLAMA, "experts": EXPERTS, "pair": PAIR}
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2 x pp2": (2, 2)}
 
 

@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -79,6 +79,7 @@ def open_over_ranks(
     import torch
 
     from mtnlg.api import MegatronLmModel
+    from mtnlg.encoder_decoder import MegatronEncoderDecoderModel
     from mtnlg.generation.ranks import TIMEOUT_SECONDS, follow
     from mtnlg.parallel.mesh import ranks_present
     from mtnlg.training.adapter_files import base_fingerprint
@@ -87,7 +88,7 @@ def open_over_ranks(
     present = ranks_present()
     pipeline = pipeline or 1
     tensor = tensor or max(1, (present or 1) // pipeline)
-    _check(files, tensor, pipeline, device_type)
+    _check(files, own, tensor, pipeline, device_type)
     companions = None
     if present is None:
         companions = _start(name_or_path, tensor, pipeline, device_type, TIMEOUT_SECONDS, adapter)
@@ -97,7 +98,10 @@ def open_over_ranks(
         follow(share, group)
         raise SystemExit(0)
     with torch.device("meta"):
-        model = MegatronLmModel(files.config, files.tokenizer)
+        if files.config.has_encoder:
+            model = cast(MegatronLmModel, MegatronEncoderDecoderModel(files.config, files.tokenizer))
+        else:
+            model = MegatronLmModel(files.config, files.tokenizer)
     model.make_runner = _Leader(share, group, companions, own).make_runner
     model.read_fingerprint = partial(base_fingerprint, files.base or files)
     model.adapter = None if own is None else own.config
@@ -152,7 +156,9 @@ def control_group(device_type: str) -> dist.ProcessGroup | None:
     return None if device_type == "cpu" else dist.new_group(backend="gloo")
 
 
-def _check(files: ModelFiles, tensor: int, pipeline: int, device_type: str) -> None:
+def _check(
+    files: ModelFiles, own: Adapter | None, tensor: int, pipeline: int, device_type: str
+) -> None:
     """Whatever can be known to be wrong before a process starts."""
     import torch
 
@@ -161,8 +167,8 @@ def _check(files: ModelFiles, tensor: int, pipeline: int, device_type: str) -> N
     from mtnlg.parallel.mesh import ranks_present
 
     problems = inference_problems(inference_layout(tensor, pipeline), files.config)
-    if files.config.architecture == "encoder_decoder":
-        problems = ["an encoder-decoder generates on one rank only: leave the parallel sizes at 1."]
+    if own is not None and files.config.has_encoder:
+        problems.append("an encoder-decoder with virtual tokens generates on one rank only.")
     size, present = tensor * pipeline, ranks_present()
     asked = f"tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline} are {size} ranks"
     if present is not None and present != size:

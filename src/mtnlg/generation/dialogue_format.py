@@ -13,6 +13,7 @@ from mtnlg.generation.messages import Messages, checked_messages
 from mtnlg.generation.personas import PERSONAS, Persona, find_persona, persona_for
 from mtnlg.tokens import Tokenizer
 from mtnlg.tokens.chat_pieces import Piece
+from mtnlg.tokens.chat_template import READER_CHAT_TEMPLATE
 
 Tools = Sequence[Mapping[str, Any]]
 _PROBE, _NEXT = "PROBE", "NEXT"
@@ -60,10 +61,11 @@ class TemplateFormat:
     def __init__(self, tokenizer: Tokenizer, template: str | None = None) -> None:
         self._plain = tokenizer.chat_pieces(template)
         self._for_tools = tokenizer.chat_pieces(template, for_tools=True)
+        self._is_read = tokenizer.ends_texts
         whose = "the model's own chat template" if template is None else "the chat template given"
         self.explanation = f"Answers are asked for with {whose}."
         self.end_ids, self.stop = self._ends(tokenizer)
-        self.can_use_tools = True
+        self.can_use_tools = not self._is_read
 
     def examples(self, messages: Messages) -> list[dict[str, Any]]:
         """None: a chat model knows how to answer."""
@@ -72,7 +74,15 @@ class TemplateFormat:
     def pieces(
         self, messages: Messages, tools: Tools | None = None, is_open: bool = False, **variables: Any
     ) -> list[Piece]:
-        """See :class:`DialogueFormat`."""
+        """See :class:`DialogueFormat`.
+
+        Raises:
+            ConfigError: ``is_open``, of an encoder-decoder.
+        """
+        if is_open and self._is_read:
+            raise ConfigError(
+                "an encoder-decoder begins every answer anew: the last message cannot be continued."
+            )
         writer = self._for_tools if tools else self._plain
         return writer.render(
             messages, tools or None, not is_open, continue_final_message=is_open, **variables
@@ -89,6 +99,8 @@ class TemplateFormat:
     def _ends(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """What the template writes after an answer: a special token, or only text."""
         ids, stop = dict.fromkeys(end_of_text_ids(tokenizer)), []
+        if self._is_read:
+            return tuple(ids), ()
         turns = [("user", "a"), ("assistant", _PROBE), ("user", _NEXT)]
         try:
             pieces = self._plain.render([{"role": role, "content": text} for role, text in turns])
@@ -203,6 +215,13 @@ def choose_format(
         )
     if template is not None or tokenizer.chat_template is not None:
         return TemplateFormat(tokenizer, template)
+    if tokenizer.ends_texts:
+        form = TemplateFormat(tokenizer, READER_CHAT_TEMPLATE)
+        form.explanation = (
+            "This encoder-decoder has no chat template: it reads a question as it stands, and a longer "
+            "conversation as lines with names."
+        )
+        return form
     return PersonaFormat(
         tokenizer,
         explanation="This model has no chat template, so it was probably never trained to chat: the "

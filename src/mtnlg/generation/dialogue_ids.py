@@ -61,6 +61,8 @@ class DialogueIds:
 
     def remember(self, prompt: Sequence[Segment], new_ids: Sequence[int]) -> None:
         """File a prompt and the tokens that were generated after it."""
+        if self._tokenizer.ends_texts:  # of an encoder-decoder: each prompt is read by itself, to its end
+            return
         decoder = IncrementalDecoder(self._tokenizer.decode, ids_of(prompt))
         self._known = list(prompt)
         waiting: list[int] = []
@@ -82,6 +84,8 @@ class DialogueIds:
                 end = next((n for n, token in enumerate(waiting) if token in self._special), len(waiting))
             segments.append(Segment(piece, waiting[:end]))
             waiting = waiting[end:]
+        if waiting and segments:  # what ends the whole text
+            segments[-1] = Segment(segments[-1].piece, segments[-1].ids + waiting)
         return segments
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtnlg.generation.runner import PAGE_SIZE, Row
 from mtnlg.model import CrossDecoderLayer, MegatronEncoderDecoder
+from mtnlg.model.virtual_tokens import prompt_with_virtual
 
 KEPT_SOURCES = 32  # beside those of the requests in a step
 KeysAndValues = tuple[Tensor, Tensor]
@@ -30,6 +31,7 @@ class EncoderDecoderRunner:
         num_pages: pages to hold memory for.
         page_size: tokens of one.
         alone: run every row by itself, so that its numbers do not depend on who else is there.
+        num_heads: of keys and values that ``model`` computes; ``None`` is all.
     """
 
     is_invariant = False
@@ -41,6 +43,7 @@ class EncoderDecoderRunner:
         num_pages: int,
         page_size: int = PAGE_SIZE,
         alone: bool = False,
+        num_heads: int | None = None,
     ) -> None:
         self.model, self.num_pages, self.page_size = model, num_pages, page_size
         self.alone = alone
@@ -50,20 +53,16 @@ class EncoderDecoderRunner:
         self._memories: OrderedDict[Source, dict[int, KeysAndValues]] = OrderedDict()
         self._stacked: tuple[tuple[Source, ...], Tensor | None, dict[int, KeysAndValues]] | None = None
         parameter = next(model.parameters())
-        shape = (num_pages, page_size, config.key_value_heads, config.head_size)
-        layers = range(config.num_hidden_layers, config.total_layers)
+        self.device, self.dtype = parameter.device, parameter.dtype
+        shape = (num_pages, page_size, num_heads or config.key_value_heads, config.head_size)
+        layers = [index for index in map(int, model.layers) if index >= config.num_hidden_layers]
         self._keys = {layer: parameter.new_zeros(shape) for layer in layers}
         self._values = {layer: parameter.new_zeros(shape) for layer in layers}
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
         """See :class:`~mtnlg.generation.runner.Runner`."""
-        hidden = self._decode(rows)
-        wanted = [states[len(states) - row.num_logits :] for row, states in zip(rows, hidden)]
-        assert self.model.head is not None
-        logits = self.model.head(torch.cat(wanted)).logits
-        assert logits is not None
-        return logits.float()
+        return self._logits(rows, self._decode(rows)).float()
 
     @torch.inference_mode()
     def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
@@ -71,14 +70,18 @@ class EncoderDecoderRunner:
         found = []
         for row in rows:
             assert row.source is not None, "the engine gives every row its source"
-            found.append(self.encode(row.source))
+            states = self.encode(row.source)
+            found.append(states[len(states) - len(row.source) :])  # virtual tokens are no part of it
         return found
 
     @torch.inference_mode()
     def encode(self, ids: Sequence[int]) -> Tensor:
-        """What the encoder makes of a text: [tokens, hidden]."""
-        device = next(self.model.parameters()).device
-        return self.model.encode(torch.tensor([list(ids)], device=device))[0]
+        """What the encoder makes of a text, with virtual tokens before it, if any: [tokens, hidden]."""
+        return self.model.encode(torch.tensor([self._read(ids)], device=self.device))[0]
+
+    def _read(self, ids: Sequence[int]) -> list[int]:
+        adapter = self.model.adapter
+        return list(ids) if adapter is None else prompt_with_virtual(list(ids), adapter, self.vocab_size)
 
     @torch.inference_mode()
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -113,11 +116,10 @@ class EncoderDecoderRunner:
         memories = [self._memory(source) for source in sources]
         while len(self._memories) > KEPT_SOURCES + len(set(sources)):
             self._memories.popitem(last=False)
-        longest, mask = max(map(len, sources)), None
-        if any(len(source) < longest for source in sources):
-            lengths = torch.tensor([len(source) for source in sources])
-            mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
-            mask = mask.to(next(iter(self._keys.values())).device)
+        sizes, mask = [len(self._read(source)) for source in sources], None
+        longest = max(sizes)
+        if min(sizes) < longest:
+            mask = (torch.arange(longest) < torch.tensor(sizes)[:, None])[:, None, None].to(self.device)
         layers = {}
         for layer in self._keys:
             pairs = [memory[layer] for memory in memories]
@@ -142,7 +144,6 @@ class EncoderDecoderRunner:
 
     def _decode_together(self, rows: Sequence[Row]) -> Tensor:
         """Hidden states [rows, new, hidden] of rows with as many new tokens."""
-        device = next(self.model.parameters()).device
         sources = []
         for row in rows:
             assert row.source is not None, "the engine gives every row its source"
@@ -154,14 +155,23 @@ class EncoderDecoderRunner:
         keys = torch.arange(int(starts.max()) + new)
         distances = keys - queries[:, :, None]  # [rows, new, keys]
         written = _Written(self._keys, self._values, rows, self.page_size, queries, memories)
-        return self.model.decode(
-            torch.tensor([list(row.ids) for row in rows], device=device),
-            None,
-            memory_mask,
-            (distances <= 0)[:, None].to(device),
-            written,
-            distances.to(device),
-        )
+        ids = torch.tensor([list(row.ids) for row in rows], device=self.device)
+        seen = (distances <= 0)[:, None].to(self.device)
+        return self._through(ids, memory_mask, seen, written, distances.to(self.device))
+
+    def _through(
+        self, ids: Tensor, memory_mask: Tensor | None, seen: Tensor, written: _Written, distances: Tensor
+    ) -> Tensor:
+        """The decoder's hidden states [rows, new, hidden] of new tokens [rows, new]."""
+        return self.model.decode(ids, None, memory_mask, seen, written, distances)
+
+    def _logits(self, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Tensor:
+        """Logits of the tokens that they are wanted of, [sum of num_logits, vocab or a part of it]."""
+        wanted = [states[len(states) - row.num_logits :] for row, states in zip(rows, hidden)]
+        assert self.model.head is not None
+        logits = self.model.head(torch.cat(wanted)).logits
+        assert logits is not None
+        return logits
 
 
 class _Written:
@@ -177,7 +187,7 @@ class _Written:
         memories: dict[int, KeysAndValues],
     ) -> None:
         self._keys, self._values, self._memories = keys, values, memories
-        device = next(iter(keys.values())).device
+        device = next((pool.device for pool in keys.values()), torch.device("cpu"))
         self.length = int(queries[:, 0].max())
         num_keys = self.length + queries.shape[1]
         num_pages = -(-num_keys // page_size)

@@ -75,7 +75,9 @@ def pack_rows(rows: Sequence[Row]) -> list[int]:
     numbers = [len(rows)]
     for row in rows:
         adapter = 0 if row.adapter is None else row.adapter.serial + 1
-        numbers += [len(row.ids), row.start, row.num_logits, adapter, len(row.pages), *row.ids, *row.pages]
+        source = row.source or ()
+        numbers += [len(row.ids), row.start, row.num_logits, adapter, len(row.pages), len(source)]
+        numbers += [*row.ids, *row.pages, *source]
     return numbers
 
 
@@ -83,10 +85,10 @@ def unpack_rows(numbers: Sequence[int], adapters: Mapping[int, LoadedAdapter]) -
     """The rows again, with the adapters of these serials."""
     rows, place = [], 1
     for _ in range(numbers[0]):
-        count, start, num_logits, adapter, num_pages = numbers[place : place + 5]
-        place += 5
-        ids, pages = numbers[place : place + count], numbers[place + count : place + count + num_pages]
+        count, start, num_logits, adapter, num_pages, num_read = numbers[place : place + 6]
+        ends = [place + 6, place + 6 + count, place + 6 + count + num_pages]
+        place = ends[-1] + num_read
+        ids, pages, source = (numbers[i:j] for i, j in zip(ends, [*ends[1:], place]))
         loaded = adapters[adapter - 1] if adapter else None
-        rows.append(Row(ids, start, pages, num_logits, adapter=loaded))
-        place += count + num_pages
+        rows.append(Row(ids, start, pages, num_logits, tuple(source) or None, loaded))
     return rows

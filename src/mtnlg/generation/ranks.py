@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -26,14 +27,16 @@ from mtnlg.config.errors import ConfigError, MtnlgError, RankError
 from mtnlg.config.generation import COMPILE_MODES, GIB, EngineConfig
 from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.memory import SHARE_OF_DEVICE, device_memory
+from mtnlg.generation.pair_stage_runner import PairStageRunner
 from mtnlg.generation.prepared_stage import PreparedStage
 from mtnlg.generation.rank_adapters import pack_adapter, unpack_adapter
 from mtnlg.generation.rank_messages import Command, Commands, pack_rows, unpack_rows
 from mtnlg.generation.runner import PAGE_SIZE, Row, with_own
 from mtnlg.generation.stage_runner import StageRunner
 from mtnlg.interop.adapter import Adapter
+from mtnlg.model import MegatronEncoderDecoder, MegatronLmDecoder
 from mtnlg.parallel.companions import is_of_connection
-from mtnlg.parallel.inference import ReadWeights, lay_out_for_inference
+from mtnlg.parallel.inference import ReadWeights, lay_out_for_inference, local_heads
 from mtnlg.parallel.mesh import Mesh
 
 TIMEOUT_SECONDS = 300.0  # after which a rank that does not answer is given up
@@ -56,28 +59,44 @@ class Share:
     config: MegatronModelConfig
     mesh: Mesh
     read: ReadWeights
-    _stage: PreparedStage | None = None
+    _stage: PreparedStage | MegatronEncoderDecoder | None = None
     _made_for: tuple[str, bool] | None = None
 
     @torch.inference_mode()
-    def set_up(self, engine: EngineConfig) -> StageRunner:
+    def set_up(self, engine: EngineConfig) -> StageRunner | PairStageRunner:
         """Load the weights, unless they are there, and make pages; every rank calls this."""
         made_for = (engine.dtype, engine.deterministic)
         if self._stage is None or self._made_for != made_for:
             self._stage = None  # before the next comes into memory
             decoder = lay_out_for_inference(self.config, self.mesh, self.read, DTYPES[engine.dtype])
-            self._stage = PreparedStage(decoder, self.mesh, engine.deterministic)
+            self._stage = (
+                decoder
+                if isinstance(decoder, MegatronEncoderDecoder)
+                else PreparedStage(decoder, self.mesh, engine.deterministic)
+            )
             self._made_for = made_for
-        num_pages = self._agreed_pages(self._stage, engine)
+        if isinstance(self._stage, MegatronEncoderDecoder):
+            return self._set_up_pair(self._stage, engine)
+        kept = len(self._stage.layers) * self._stage.num_heads * self._stage.dtype.itemsize
+        num_pages = self._agreed_pages(kept, engine)
         mode = engine.compile
         if mode == "auto" and self.config.num_parameters < WORTH_COMPILING:
             mode = "off"
         deterministic = engine.deterministic
         return StageRunner(self._stage, self.mesh, num_pages, PAGE_SIZE, deterministic, mode, self.read)
 
-    def _agreed_pages(self, stage: PreparedStage, engine: EngineConfig) -> int:
-        """Pages that fit into every rank's memory; ``cache_gib`` counts for each rank."""
-        token_bytes = 2 * len(stage.layers) * stage.num_heads * self.config.head_size * stage.dtype.itemsize
+    def _set_up_pair(self, stage: MegatronEncoderDecoder, engine: EngineConfig) -> PairStageRunner:
+        heads, size = local_heads(cast(MegatronLmDecoder, stage)), next(stage.parameters()).itemsize
+        num_layers = sum(int(index) >= self.config.num_hidden_layers for index in stage.layers)
+        num_pages = self._agreed_pages(num_layers * heads * size, engine)
+        return PairStageRunner(stage, self.mesh, num_pages, PAGE_SIZE, engine.deterministic, heads)
+
+    def _agreed_pages(self, kept: int, engine: EngineConfig) -> int:
+        """Pages that fit into every rank's memory; ``cache_gib`` counts for each rank.
+
+        ``kept`` are bytes of a token's keys in one dimension, in all heads and layers of this rank.
+        """
+        token_bytes = 2 * kept * self.config.head_size
         page_bytes = max(1, token_bytes * PAGE_SIZE)
         if engine.cache_gib:
             pages = int(engine.cache_gib * GIB) // page_bytes
@@ -137,6 +156,9 @@ class RankRunner:
         self.is_invariant = engine.deterministic
         self.num_pages, self.page_size = self._stage.num_pages, self._stage.page_size
         self.vocab_size, self.max_length = share.config.vocab_size, share.config.max_cached_length
+        self.reads_source, self.start_id = share.config.has_encoder, share.config.decoder_start_token_id
+        if self.reads_source:
+            self.max_length, self.takes_adapters = share.config.max_position_embeddings, False
         threading.Thread(target=self._say_that_we_live, daemon=True).start()
 
     def run(self, rows: Sequence[Row]) -> Tensor:
@@ -251,7 +273,7 @@ def follow(share: Share, group: dist.ProcessGroup | None = None) -> None:
 
 
 def _follow(share: Share, commands: Commands) -> None:
-    stage: StageRunner | None = None
+    stage: StageRunner | PairStageRunner | None = None
     adapters: dict[int, LoadedAdapter] = {}
     while True:
         command, numbers = commands.receive()
@@ -272,7 +294,10 @@ def _follow(share: Share, commands: Commands) -> None:
 
 
 def _do(
-    stage: StageRunner, command: Command, numbers: list[int], adapters: Mapping[int, LoadedAdapter]
+    stage: StageRunner | PairStageRunner,
+    command: Command,
+    numbers: list[int],
+    adapters: Mapping[int, LoadedAdapter],
 ) -> None:
     if command == Command.COPY_PAGES:
         half = len(numbers) // 2

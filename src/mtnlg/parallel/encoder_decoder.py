@@ -110,8 +110,13 @@ class ReceivedPositions(nn.Module):
         return F.embedding(buckets, self.table).permute(0, 3, 1, 2)
 
 
-def cut_pair_stage(model: MegatronEncoderDecoder, layout: LayoutConfig, number: int) -> None:
-    """Leave in ``model`` only what the stage ``number`` runs; no parameter changes its name."""
+def cut_pair_stage(
+    model: MegatronEncoderDecoder, layout: LayoutConfig, number: int, sends_tables: bool = True
+) -> None:
+    """Leave in ``model`` only what the stage ``number`` runs; no parameter changes its name.
+
+    Relative positions are sent by the first stage, whose they are, or every stage has the numbers.
+    """
     config = model.config
     if layout.num_stages == 1:
         return
@@ -121,7 +126,7 @@ def cut_pair_stage(model: MegatronEncoderDecoder, layout: LayoutConfig, number: 
             del model.layers[str(index)]
     if number > 0:
         model.embedding = None
-        if model.encoder_positions is not None:
+        if model.encoder_positions is not None and sends_tables:
             model.encoder_positions = ReceivedPositions(config, looks_ahead=True)  # type: ignore[assignment]
             model.decoder_positions = ReceivedPositions(config, looks_ahead=False)  # type: ignore[assignment]
     if config.num_hidden_layers - 1 not in mine:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from mtnlg.config import CheckpointError, LayoutConfig, MegatronModelConfig
 from mtnlg.config.layout_rules import layout_problems
-from mtnlg.model import DecoderLayer, MegatronLmDecoder, MixtureOfExperts
+from mtnlg.model import DecoderLayer, MegatronEncoderDecoder, MegatronLmDecoder, MixtureOfExperts
 from mtnlg.model.attention import Attention
 from mtnlg.model.moe import grouped_product
 from mtnlg.model.router import router_logits
+from mtnlg.parallel.encoder_decoder import cut_pair_stage, split_pair
 from mtnlg.parallel.exchange import TensorAxis
 from mtnlg.parallel.expert import divide_experts, kernel_product
 from mtnlg.parallel.mesh import Mesh
@@ -75,17 +77,29 @@ def lay_out_for_inference(
     Raises:
         CheckpointError: weights are missing or have other shapes.
     """
-    with torch.device("meta"):
-        decoder = MegatronLmDecoder(config)
-    cut_stage(decoder, mesh.layout, mesh.pipeline_rank)
+    decoder = _cut(config, mesh)
     split_matrices(decoder, mesh)
     divide_experts(decoder, mesh)
+    if isinstance(decoder, MegatronEncoderDecoder):
+        split_pair(decoder, mesh)
     check_division([Stage(decoder, mesh.pipeline_rank)], config, mesh)
     _fill(decoder, config, mesh, read, dtype)
     _forget_layout(decoder, mesh)
     for parameter in decoder.parameters():
         parameter.requires_grad_(False)
     return decoder.eval()
+
+
+def _cut(config: MegatronModelConfig, mesh: Mesh) -> MegatronLmDecoder:
+    """What this rank's stage runs, without memory."""
+    with torch.device("meta"):
+        if not config.has_encoder:
+            decoder = MegatronLmDecoder(config)
+            cut_stage(decoder, mesh.layout, mesh.pipeline_rank)
+            return decoder
+        pair = MegatronEncoderDecoder(config)
+    cut_pair_stage(pair, mesh.layout, mesh.pipeline_rank, sends_tables=False)
+    return cast(MegatronLmDecoder, pair)
 
 
 def _fill(
@@ -133,6 +147,7 @@ def _forget_layout(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
         return
     axis = TensorAxis(mesh.axis("tensor"), splits_sequence=False)
     group = mesh.axis("tensor").get_group()
+    decoder.__dict__.pop("decode", None)
     for module in decoder.modules():
         module.__dict__.pop("forward", None)
         if isinstance(module, nn.Linear):
@@ -142,8 +157,9 @@ def _forget_layout(decoder: MegatronLmDecoder, mesh: Mesh) -> None:
         tokens.forward = partial(_look_up, tokens, axis, group)  # type: ignore[method-assign]
     for layer in decoder.layers.values():
         assert isinstance(layer, DecoderLayer)
-        _own_heads(layer.attention, decoder.config, axis)
-        _sum_after(layer.attention.output, group)
+        for attention in layer.attentions:
+            _own_heads(attention, decoder.config, axis)
+            _sum_after(attention.output, group)
         if isinstance(layer.mlp, MixtureOfExperts):
             _sum_of_experts(layer.mlp, group, mesh.device.type)
         else:

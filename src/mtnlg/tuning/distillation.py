@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtnlg.config import DistillationConfig, LayoutConfig, TuningConfig
-from mtnlg.model import IGNORED_LABEL, MegatronLmDecoder
+from mtnlg.model import IGNORED_LABEL, LanguageModel, MegatronEncoderDecoder, MegatronLmDecoder
 from mtnlg.model.decoder import Head
 from mtnlg.model.loss import softcapped, tokens_per_chunk
 from mtnlg.parallel.model import ParallelModel
 from mtnlg.training.model_files import open_model_files
+
+# What a teacher reads, by its own names, and what the student's stage calls it.
+_OF_DECODERS = {"input_ids": "inputs", "position_ids": "position_ids", "document_ids": "document_ids"}
+_OF_PAIRS = {
+    "input_ids": "source",
+    "decoder_input_ids": "target",
+    "attention_mask": "encoder_mask",
+    "document_ids": "document_ids",
+    "decoder_document_ids": "decoder_document_ids",
+}
 
 
 def distillation_problems(tuning: TuningConfig, layout: LayoutConfig) -> list[str]:
@@ -60,11 +70,12 @@ def learn_from_teacher(model: ParallelModel, config: DistillationConfig) -> None
     head.loss_function = loss
 
 
-def read_teacher(name: str, device: torch.device) -> MegatronLmDecoder:
+def read_teacher(name: str, device: torch.device) -> LanguageModel:
     """The whole frozen teacher."""
     files = open_model_files(name)
     with torch.device("meta"):
-        teacher = MegatronLmDecoder(files.config)
+        kind = MegatronEncoderDecoder if files.config.has_encoder else MegatronLmDecoder
+        teacher: LanguageModel = kind(files.config)
     teacher.load_state_dict({name: tensor.to(device) for name, tensor in files.read().items()}, assign=True)
     teacher.tie_weights()
     return teacher.eval().requires_grad_(False)
@@ -79,8 +90,9 @@ class DistilledLoss:
         config: share and temperature.
     """
 
-    def __init__(self, teacher: MegatronLmDecoder, head: Head, config: DistillationConfig) -> None:
+    def __init__(self, teacher: LanguageModel, head: Head, config: DistillationConfig) -> None:
         self._teacher, self._config = teacher, config
+        self._reads = _OF_PAIRS if teacher.config.has_encoder else _OF_DECODERS
         self._plain = head.loss_function
         self._hidden: Tensor | None = None  # the teacher's, of the batch that the student is reading
 
@@ -92,10 +104,10 @@ class DistilledLoss:
             return
         names = list(inspect.signature(stage.forward).parameters)
         given = {**dict(zip(names, inputs)), **options}
-        ids, positions, documents = (given.get(name) for name in ("inputs", "position_ids", "document_ids"))
+        read = {name: given.get(old) for name, old in self._reads.items()}
         head, self._teacher.head = self._teacher.head, None
         try:
-            output = self._teacher(ids, position_ids=positions, document_ids=documents)
+            output = self._teacher(**read)
         finally:
             self._teacher.head = head
         self._hidden = output.hidden  # [batch, sequence, teacher's hidden]
@@ -138,7 +150,8 @@ def distilled_cross_entropy(
 
     Args:
         student: logits [tokens, vocab].
-        teacher: logits [tokens, vocab].
+        teacher: logits [tokens, vocab]. Embeddings of models that share a tokenizer may have been padded
+            otherwise: the divergence is over the tokens that both have.
         targets: [tokens].
         share: of the teacher.
         temperature: T, of both distributions in the divergence.
@@ -147,8 +160,9 @@ def distilled_cross_entropy(
         A float32 scalar, nats.
     """
     student, teacher = student.float(), teacher.float()
-    ours = F.log_softmax(student / temperature, dim=-1)
-    theirs = F.log_softmax(teacher / temperature, dim=-1)
+    both = min(student.shape[-1], teacher.shape[-1])
+    ours = F.log_softmax(student[:, :both] / temperature, dim=-1)
+    theirs = F.log_softmax(teacher[:, :both] / temperature, dim=-1)
     divergence = F.kl_div(ours, theirs, reduction="sum", log_target=True)
     known = F.cross_entropy(student, targets, reduction="sum")
     return share * temperature**2 * divergence + (1.0 - share) * known
