@@ -31,6 +31,7 @@ from mtnlg.training.saved_run import load_run
 
 WINDOW, NEW, PROMPT = 256, 32, 32  # tokens
 ROWS_OF_A_STEP = 8
+DISTANCE_ROWS = 16
 METHODS = ["rtn", "gptq", "awq"]
 ROWS = [
     ("int8", dict(weights="int8")),
@@ -59,18 +60,18 @@ def main() -> None:
     config = load_run(Path(arguments.run))
     text = Text(*(rows_of(config, model.tokenizer, split) for split in ("train", "test")))
     text.test = text.test[: arguments.test_rows]
-    answers = greedy(model, text.test)
+    answers, expected = greedy(model, text.test), said(model, text.test)
     base = perplexity(model, text.test)
     size = matrix_bytes(model)
     lines = heading(arguments, model, text)
-    lines.append(f"| float32 | | {size / 1e6:.2f} | {base:.3f} | | 100% |")
+    lines.append(f"| float32 | | {size / 1e6:.2f} | {base:.3f} | | | 100% |")
     print("\n".join(lines), flush=True)
     batches = list(text.train[spread(len(text.train), arguments.calibration_rows)].split(4))
     for name, fields in ROWS:
         for method in arguments.methods:
             quantized = copy.deepcopy(model)
             calibrate(quantized, QuantizeConfig.from_dict(fields), method, batches)
-            lines.append(row(name, method, quantized, text.test, base, answers))
+            lines.append(row(name, method, quantized, text.test, base, answers, expected))
             print(lines[-1], flush=True)
     lines += ["", *aware(arguments, model, text, batches)]
     Path(arguments.output).write_text("\n".join(lines) + "\n")
@@ -119,6 +120,13 @@ def perplexity(model: MegatronLmModel, rows: Tensor) -> float:
     return math.exp(loss(model, rows))
 
 
+@torch.no_grad()
+def said(model: MegatronLmModel, rows: Tensor) -> Tensor:
+    """Log probabilities of the next token [tokens, vocab]."""
+    rows = rows[:DISTANCE_ROWS]
+    return torch.cat([model(part).logits.float().log_softmax(-1).flatten(0, 1) for part in rows.split(8)])
+
+
 def greedy(model: MegatronLmModel, rows: Tensor) -> list[list[int]]:
     prompts = rows[:32, :PROMPT].tolist()
     return [ids[PROMPT:] for ids in model.generate(prompts, max_new_tokens=NEW)]
@@ -152,11 +160,12 @@ def heading(arguments: argparse.Namespace, model: MegatronLmModel, text: Text) -
         "",
         f"{model.num_parameters / 1e6:.1f}M parameters; {text.test.numel():,} tokens of the test split "
         f"in windows of {WINDOW}; GPTQ and AWQ saw {arguments.calibration_rows * WINDOW:,} tokens of its "
-        f"training split. MB: matrices of the layers and the head. Agreement: 32 continuations of {PROMPT} "
-        f"tokens by {NEW}.",
+        f"training split. MB: matrices of the layers and the head. Distance: Kullback-Leibler divergence "
+        f"of the next token's distribution from that of float32, nats a token, in {DISTANCE_ROWS} windows. "
+        f"Agreement: 32 continuations of {PROMPT} tokens by {NEW}.",
         "",
-        "| numbers | method | MB | perplexity | change | greedy agreement |",
-        "|---|---|---|---|---|---|",
+        "| numbers | method | MB | perplexity | change | distance | greedy agreement |",
+        "|---|---|---|---|---|---|---|",
     ]
 
 
@@ -168,11 +177,12 @@ def processor() -> str:
     return f"{name} (AVX-512 VNNI)" if has_vnni else name
 
 
-def row(name, method, model, rows, base, answers) -> str:
+def row(name, method, model, rows, base, answers, expected) -> str:
     found = perplexity(model, rows)
     change, size = f"{(found / base - 1) * 100:+.2f}%", matrix_bytes(model) / 1e6
     share = agreement(model, rows, answers)
-    return f"| {name} | {method} | {size:.2f} | {found:.3f} | {change} | {share * 100:.0f}% |"
+    apart = float((expected.exp() * (expected - said(model, rows))).sum(-1).mean())
+    return f"| {name} | {method} | {size:.2f} | {found:.3f} | {change} | {apart:.5f} | {share * 100:.0f}% |"
 
 
 def aware(arguments: argparse.Namespace, model: MegatronLmModel, text: Text, batches) -> list[str]:
