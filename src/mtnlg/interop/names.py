@@ -14,7 +14,7 @@ import torch
 
 from mtnlg.config import MegatronModelConfig
 from mtnlg.interop.rule import Rule
-from mtnlg.model import MegatronLmDecoder, NoInitialization
+from mtnlg.model import LanguageModel, MegatronEncoderDecoder, MegatronLmDecoder, NoInitialization
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,10 @@ def decoder_rules(model_type: str, config: MegatronModelConfig) -> list[Rule]:
 
 
 def parameter_shapes(config: MegatronModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of the plain decoder of ``config``, a tied head left out."""
+    """The shape of every parameter of the plain model of ``config``, a tied head left out."""
     with torch.device("meta"), NoInitialization():
-        decoder = MegatronLmDecoder(config)
+        kind = MegatronEncoderDecoder if config.has_encoder else MegatronLmDecoder
+        decoder: LanguageModel = kind(config)
     tensors = (*decoder.named_parameters(), *decoder.named_buffers())
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
