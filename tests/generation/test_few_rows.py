@@ -9,7 +9,7 @@ from tests.generation.test_fast_runner import FAMILIES, MakeModel, assert_near, 
 from mtnlg.generation import few_rows, native
 from mtnlg.generation.fast_runner import FastRunner
 from mtnlg.generation.few_rows import FewRows, most_rows
-from mtnlg.generation.huge_pages import use_huge_pages
+from mtnlg.generation.huge_pages import ARENA, LargePages, use_huge_pages
 from mtnlg.generation.native import NativeKernel
 from mtnlg.generation.runner import PlainRunner
 
@@ -111,3 +111,12 @@ def test_large_pages_leave_the_content_alone() -> None:
     use_huge_pages(memory.data_ptr(), memory.nbytes)
     assert torch.equal(memory, torch.arange(2**20))
     assert not use_huge_pages(memory.data_ptr(), 100)
+
+
+def test_memory_in_large_pages_is_given_out_once_and_outlives_its_arena() -> None:
+    pages = LargePages()
+    shapes = [(700, 1000), (3, 5), (1200, 900), (ARENA // 4 + 3,)]
+    given = [pages.empty(shape, torch.float32).fill_(number) for number, shape in enumerate(shapes)]
+    del pages
+    for number, (tensor, shape) in enumerate(zip(given, shapes, strict=True)):
+        assert tensor.shape == shape and tensor.data_ptr() % 64 == 0 and bool((tensor == number).all())

@@ -1,6 +1,8 @@
 """Small parts by themselves: names of tokens, wake-ups, the shape of an embedding."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -110,3 +112,16 @@ def test_an_embedding_has_length_one():
     assert np.linalg.norm(whole) == pytest.approx(1)
     assert short == pytest.approx(whole[:3] / np.linalg.norm(whole[:3]), abs=1e-6)
     assert not np.isnan(pooled(np.zeros((2, 4), np.float32))).any()
+
+
+def test_a_server_starts_without_what_takes_long_to_import():
+    program = """
+import sys, torch
+import mtnlg.api, mtnlg.serving.lifecycle
+from mtnlg.interop.lazy_tensor import FileBytes, lazy, read
+first, _ = lazy(FileBytes(sys.executable, 0), (4, 6), torch.uint8).t().split([2, 4])
+slow = {"transformers", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+sys.exit(" ".join(slow & set(sys.modules)) or 0)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert not found.stderr and found.returncode == 0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtnlg.generation.huge_pages import use_huge_pages
+from mtnlg.generation.huge_pages import WEIGHTS
 from mtnlg.generation.native import NativeKernel
 
 TILE = 32  # outputs
@@ -60,7 +60,6 @@ class FewRows:
         self.tiles = _in_tiles(weight, self.words, per_word)
         self.bias = None if bias is None else bias.float().contiguous()
         self.num_bytes = self.tiles.nbytes
-        use_huge_pages(self.tiles.data_ptr(), self.tiles.nbytes)
         self._flags = IS_BF16 * (weight.dtype == torch.bfloat16)
         bias_place = None if self.bias is None else self.bias.data_ptr()
         self._matrix = (self.tiles.data_ptr(), bias_place, self.outputs, self.words)
@@ -93,8 +92,14 @@ class FewRows:
 
 
 def _in_tiles(weight: Tensor, words: int, per_word: int) -> Tensor:
-    """[out, in] → [tiles, words, 32, inputs in a word], zeros where there is nothing."""
+    """[out, in] → [tiles, words, 32] of four bytes each, zeros where there is nothing."""
     outputs, inputs = weight.shape
-    num_tiles = -(-outputs // TILE)
-    filled = F.pad(weight, (0, words * per_word - inputs, 0, num_tiles * TILE - outputs))
-    return filled.view(num_tiles, TILE, words, per_word).permute(0, 2, 1, 3).contiguous()
+    if words * per_word > inputs:
+        weight = F.pad(weight, (0, words * per_word - inputs))
+    rows = weight.contiguous().view(torch.int32)
+    whole, rest = divmod(outputs, TILE)
+    tiles = WEIGHTS.empty((whole + bool(rest), words, TILE), torch.int32)
+    tiles[:whole] = rows[: whole * TILE].view(whole, TILE, words).transpose(1, 2)
+    if rest:
+        tiles[whole] = F.pad(rows[whole * TILE :].t(), (0, TILE - rest))
+    return tiles

@@ -6,14 +6,61 @@ every 4 KiB and its prefetching stops there; Linux gives pages of 2 MiB to those
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
+import queue
 import sys
+import threading
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 LARGE_PAGE = 2**21  # bytes
+LINE = 64  # bytes
 WORTH_ASKING = 2**19  # bytes; it takes neighbours to fill a large page, which most matrices have
+ARENA = 2**25  # bytes that are asked for at once: matrices of a model lie beside each other
 ADVISE_HUGE, COLLAPSE_NOW = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, which Linux has from 6.1 on
+
+
+class LargePages:
+    """Memory for weights in large pages from its first use on: nothing has to be moved into them later.
+
+    What was given out is free again when no tensor of its arena is left.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arena: Tensor | None = None
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory whose numbers are anything, beginning where a processor's line of memory begins."""
+        num_bytes = dtype.itemsize
+        for size in shape:
+            num_bytes *= size
+        if num_bytes < WORTH_ASKING or _madvise() is None:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            if self._arena is None or len(self._arena) < num_bytes:
+                self._arena = _mapped(max(num_bytes, ARENA))
+            given = self._arena[:num_bytes]
+            self._arena = self._arena[-(-num_bytes // LINE) * LINE :]
+        return given.view(dtype).view(shape)
+
+
+def _mapped(num_bytes: int) -> Tensor:
+    """Bytes in large pages where the system has some."""
+    whole = -(-num_bytes // LARGE_PAGE) * LARGE_PAGE
+    memory = mmap.mmap(-1, whole + LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    found = torch.frombuffer(memory, dtype=torch.uint8)
+    return found[-found.data_ptr() % LARGE_PAGE :][:whole]
+
+
+WEIGHTS = LargePages()
 
 
 def use_huge_pages(address: int, num_bytes: int) -> bool:
@@ -35,6 +82,33 @@ def use_huge_pages(address: int, num_bytes: int) -> bool:
     begins = range(address // LARGE_PAGE * LARGE_PAGE, address + num_bytes, LARGE_PAGE)
     done = [_collapse(advise, begin) for begin in begins]  # all of them, not only the first
     return any(done)
+
+
+class _Mover:
+    """Has :func:`use_huge_pages` done in the background, one after another: a system takes milliseconds
+    for each large page, most of which it waits, and what lies there can be used meanwhile."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[object, int, int]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, owner: object, address: int, num_bytes: int) -> None:
+        """Ask for large pages soon; ``owner`` keeps the memory until then."""
+        self._jobs.put((owner, address, num_bytes))
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="mtnlg-large-pages", daemon=True)
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            owner, address, num_bytes = self._jobs.get()
+            use_huge_pages(address, num_bytes)
+            del owner
+
+
+LATER = _Mover()
 
 
 def _collapse(advise: Any, begin: int) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtnlg.generation.few_rows import FewRows, most_rows
-from mtnlg.generation.huge_pages import use_huge_pages
+from mtnlg.generation.huge_pages import LATER
 
 # Rows for which oneDNN is asked to lay the weights out; the same layout then serves any number. Measured
 # for 1 to 128 rows on AVX-512: float32 is fastest with this, bf16 does not care.
@@ -87,7 +87,8 @@ class PackedLinear:
         self.bias, self.activations = bias, activations
         self._few, self._most = few, most
         self.num_bytes = weight.nbytes + (0 if few is None else few.num_bytes)
-        use_huge_pages(torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight))
+        place = torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight)
+        LATER.add(self.weight, *place)
 
     def __call__(
         self,

@@ -13,28 +13,46 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import metadata as tables
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.serialization import _get_layout
 
 from mtnlg.config import CheckpointError
 from mtnlg.interop.lazy_tensor import FileBytes, Parts, lazy
 from mtnlg.interop.torch_file import Record
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import metadata as tables
+else:
+
+    class _Tables:
+        """That module, imported when it is used: it takes as long as half of torch, and few need it."""
+
+        def __getattr__(self, name: str) -> Any:
+            from torch.distributed.checkpoint import metadata
+
+            return getattr(metadata, name)
+
+    tables = _Tables()
+
 METADATA = ".metadata"
 _TABLES = "torch.distributed.checkpoint.metadata"
+_STORAGE_INFO = ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     ("torch.serialization", "_get_layout"): _get_layout,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
     ("collections", "OrderedDict"): dict,
 }
 _RECORDS = ("torch.distributed.checkpoint.planner", "megatron.", "torch.distributed.checkpoint.api")
+
+
+def _storage_info() -> Any:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    return _StorageInfo
 
 
 class _TableReader(pickle.Unpickler):
@@ -45,6 +63,8 @@ class _TableReader(pickle.Unpickler):
             return getattr(tables, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == _STORAGE_INFO:
+            return _storage_info()
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         if module.startswith(_RECORDS):
@@ -195,7 +215,7 @@ class DistributedWriter:
         with (self.folder / self._name).open("ab") as file:
             file.write(packed.getbuffer())
         length = packed.getbuffer().nbytes
-        self._places[index] = _StorageInfo(self._name, self._offset, length)
+        self._places[index] = _storage_info()(self._name, self._offset, length)
         self._offset += length
 
     def finish(self) -> None:

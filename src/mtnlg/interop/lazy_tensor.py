@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ _VIEWS = {
         *("squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "unfold"),
     )
 }
+MANY_RUNS = 64  # above these, numbers of a view are not read run by run
+_VIEW_METHODS = {"chunk", "permute", "split", "split_with_sizes", "t", "transpose", "unbind", "unsqueeze"}
 _JOINS = {torch.ops.aten.cat: False, torch.ops.aten.stack: True}
 
 
@@ -59,6 +62,21 @@ class LazyTensor(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyTensor({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The usual views, without torch's dispatcher, which would import its distributed tensors first."""
+        is_view = getattr(function, "__name__", "") in _VIEW_METHODS
+        if not is_view or not isinstance(args[0], LazyTensor):
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(args[0].meta, *args[1:], **(kwargs or {}))
+        if isinstance(found, Tensor):
+            return cls(args[0].source, found)
+        return [cls(args[0].source, part) for part in found]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -115,7 +133,24 @@ class FileBytes:
     start: int
 
     def read(self, view: Tensor) -> Tensor:
-        """See :class:`Source`. Each run of neighbouring numbers is read by itself, and nothing else."""
+        """See :class:`Source`. Of numbers that lie in many short runs, the system reads whole pages."""
+        if view.numel() and _num_runs(view) > MANY_RUNS:
+            return self._mapped(view).clone()
+        return self._read_runs(view)
+
+    def _mapped(self, view: Tensor) -> Tensor:
+        """The view over the file's own memory."""
+        last = sum((size - 1) * step for size, step in zip(view.shape, view.stride()))
+        start = self.start + int(view.storage_offset()) * view.element_size()
+        num_bytes = (last + 1) * view.element_size()
+        if self.path.stat().st_size < start + num_bytes:
+            raise CheckpointError(f"{self.path}: the file is cut short.")
+        # Copied on write, so that torch may call it writable; nobody writes.
+        memory = np.memmap(self.path, np.uint8, "c", start, (num_bytes,))
+        return torch.from_numpy(memory).view(view.dtype).as_strided(view.shape, view.stride())
+
+    def _read_runs(self, view: Tensor) -> Tensor:
+        """Each run of neighbouring numbers is read by itself, and nothing else."""
         strides = view.stride()
         order = sorted(range(view.dim()), key=lambda axis: -strides[axis])
         sorted_view = view.permute(order)
@@ -129,6 +164,12 @@ class FileBytes:
                     read_bytes(file, self.start + offset * size, memory_of(runs[place]))
         back = [order.index(axis) for axis in range(view.dim())]
         return found.permute(back)
+
+
+def _num_runs(view: Tensor) -> int:
+    """How many runs of neighbouring numbers a view consists of."""
+    ordered = view.permute(sorted(range(view.dim()), key=lambda axis: -view.stride()[axis]))
+    return math.prod(ordered.shape[: view.dim() - _contiguous_axes(ordered)])
 
 
 def _contiguous_axes(view: Tensor) -> int:
