@@ -15,7 +15,9 @@ import httpx
 import pytest
 from tests.serving.load import NAME, server_process, write_model
 
+from mtnlg import MegatronLmModel
 from mtnlg.cli.main import main
+from mtnlg.config.adapter import AdapterConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 PATIENCE_SECONDS = 300.0
@@ -25,6 +27,9 @@ PATIENCE_SECONDS = 300.0
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_model(folder)
+    adapted = MegatronLmModel.from_pretrained(folder)
+    adapted.add_adapter(AdapterConfig(method="prompt", num_virtual_tokens=4))
+    adapted.save_adapter(folder / "soft")
     return folder
 
 
@@ -47,11 +52,16 @@ def eventually(check: Callable[[], Any]) -> Any:
 
 
 def test_ranks_write_what_one_process_writes(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(generate(folder)) == 0
-    expected = capfd.readouterr().out
-    command = [sys.executable, "-m", "mtnlg", *generate(folder, "--tensor-parallel-size", "2")]
+    expected = {}
+    for adapter in (None, "soft"):
+        words = [] if adapter is None else ["--adapter", str(folder / adapter)]
+        assert main(generate(folder, *words)) == 0
+        expected[adapter] = capfd.readouterr().out
+    assert expected["soft"] != expected[None]
+    words = ["--adapter", str(folder / "soft"), "--tensor-parallel-size", "2"]
+    command = [sys.executable, "-m", "mtnlg", *generate(folder, *words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
-    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    assert (done.returncode, done.stdout) == (0, expected["soft"]), done.stderr
 
 
 def test_layout_that_does_not_fit_is_refused_at_once(
@@ -65,9 +75,15 @@ def test_layout_that_does_not_fit_is_refused_at_once(
 
 
 def test_rank_that_dies_ends_the_server_with_a_message(folder: Path) -> None:
-    with server_process(folder, "--pipeline-parallel-size", "2") as (process, url):
-        body = {"model": NAME, "prompt": "the dog", "max_tokens": 3}
-        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+    said = {NAME: MegatronLmModel.from_pretrained(folder), "soft": MegatronLmModel.from_pretrained(folder)}
+    said["soft"].add_adapter(folder / "soft")
+    options = ("--pipeline-parallel-size", "2", "--adapter", f"soft={folder / 'soft'}")
+    with server_process(folder, *options) as (process, url):
+        for name, model in said.items():
+            body = {"model": name, "prompt": "the dog", "max_tokens": 8, "temperature": 0}
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+            text = model.generate("the dog", max_new_tokens=8, temperature=0.0)
+            assert f"the dog{answer['choices'][0]['text']}".startswith(text), answer
         (other,) = children(process.pid)
         os.kill(other, signal.SIGKILL)
         assert process.wait(PATIENCE_SECONDS) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mtnlg.cli.export_adapter import to_peft
 from mtnlg.cli.export_quantized import add_quantize_arguments, export_quantized
 from mtnlg.cli.models import MODEL_HELP
 
@@ -22,8 +23,9 @@ mtnlg export runs/demo --format hf --precision bf16 --out exported/demo-bf16
 mtnlg export runs/demo --format hf --quantize int4 --out exported/demo-int4
 mtnlg export runs/demo --format gguf --precision q4_k_m --out exported/demo-q4_k_m.gguf
 mtnlg export runs/demo --format megatron --out exported/demo-megatron
+mtnlg export runs/demo-lora --format peft --out exported/demo-lora
 """
-FORMATS = ("hf", "gguf", "megatron")
+FORMATS = ("hf", "gguf", "megatron", "peft")
 GGUF_NAMES = {"float32": "f32", "fp16": "f16", None: "f16"}
 
 
@@ -34,7 +36,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--format",
         required=True,
         choices=FORMATS,
-        help="hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; megatron: a checkpoint",
+        help="hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; megatron: a checkpoint; "
+        "peft: an adapter without its base",
     )
     parser.add_argument("--out", metavar="PATH", required=True, help="folder (hf) or file (gguf) to write")
     parser.add_argument(
@@ -128,4 +131,4 @@ def _to_megatron(files: ModelFiles, out: Path, arguments: Namespace, progress: P
     return f"Megatron-LM with --load {out} --ckpt-format torch_dist --use-checkpoint-args"
 
 
-_WRITERS = {"hf": _to_hugging_face, "gguf": _to_gguf, "megatron": _to_megatron}
+_WRITERS = {"hf": _to_hugging_face, "gguf": _to_gguf, "megatron": _to_megatron, "peft": to_peft}
