@@ -119,6 +119,22 @@ def test_few_bits_are_numbers_again(tmp_path, precision):
     assert torch.equal(part, weights[name][7:9, 3:200])
 
 
+@pytest.mark.parametrize("precision", ["f16", "bf16", "q4_k_m"])
+@pytest.mark.parametrize("name", ["gpt2", "glm4_moe", "gemma2", "t5"])
+def test_a_model_computes_in_one_type(tmp_path, name, precision):
+    """Whatever its file has vectors and routers in; 80 columns of t5's are no whole number of blocks."""
+    model = model_of(**FAMILIES[name])
+    files = open_model_files(write(tmp_path / "m.gguf", model, None, precision))
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    weights = files.read()
+    found = {parameter.dtype for key, parameter in weights.items() if not key.endswith("selection_bias")}
+    assert found == {dtype}
+    again = type(model)(files.config).to(dtype).eval()
+    again.load_state_dict(weights)
+    ours, theirs = (continued(one, IDS[0], 1)[0].float() for one in (model, again))
+    assert (ours - theirs).abs().max() <= (0.15 if dtype != torch.float32 else 0.7) * ours.abs().max()
+
+
 def test_k_formats_lose_little():
     """Of what a number is: measured once beside ggml's own quantizer (tests/interop/test_llama_cpp.py)."""
     generator = torch.Generator().manual_seed(0)

@@ -27,7 +27,7 @@ _MIXTURES = {  # most matrices
     "q2_k": "Q2_K",
 }
 PRECISIONS = (*_FLOATS, *_SIMPLE, *_MIXTURES)
-_ALWAYS_FLOAT = ("position_embd.weight", "ffn_gate_inp.weight", "attn_rel_b.weight")
+ALWAYS_FLOAT = ("position_embd.weight", "ffn_gate_inp.weight", "attn_rel_b.weight")
 _READ_AND_HEAD = ("token_embd.weight", "output.weight")
 _NARROW = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _LAYER = re.compile(r"(?:enc\.|dec\.)?blk\.(?P<layer>\d+)\.(?:cross_)?(?P<part>.+)\.weight")
@@ -59,7 +59,7 @@ def kind_of(tensor: GgufTensor, precision: str, config: MegatronModelConfig) -> 
     blocks of 256 have the nearest format with blocks of 32, and others float16.
     """
     kinds = gguf_library().GGMLQuantizationType
-    if len(tensor.shape) == 1 or tensor.name.endswith(_ALWAYS_FLOAT):
+    if len(tensor.shape) == 1 or tensor.name.endswith(ALWAYS_FLOAT):
         return kinds.F32
     if precision in _FLOATS:
         return kinds[precision.upper()]

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mtnlg.config import CheckpointError, MegatronModelConfig
 from mtnlg.interop.gguf_header import GgufHeader, StoredTensor, gguf_library, read_header
+from mtnlg.interop.gguf_precision import ALWAYS_FLOAT
 from mtnlg.interop.gguf_settings import EXACT, config_of_gguf
 from mtnlg.interop.gguf_tensors import ALL_FACTORS, GgufTensor, gguf_tensors
 from mtnlg.interop.gguf_tokenizer_reader import tokenizer_of
-from mtnlg.interop.lazy_tensor import FileBytes, LazyTensor, lazy, read, read_bytes
+from mtnlg.interop.lazy_tensor import FileBytes, LazyTensor, Source, lazy, read, read_bytes
 from mtnlg.interop.named_tensors import NamedTensors
 from mtnlg.tokens import Tokenizer
 
@@ -41,14 +42,14 @@ def open_gguf(path: Path) -> tuple[NamedTensors, Tokenizer | None]:
         header.fields, shapes, lambda name: read(_lazy(header.tensors[name])), str(path)
     )
     expected = _expected(config, header, path)
-    exact = _exact(header)
+    exact, dtype = _exact(header), _dtype(header)
     ours: dict[str, Tensor] = {}
     for tensor in expected:
-        whole = _lazy(header.tensors[tensor.name])
+        stored = header.tensors[tensor.name]
         if not tensor.may_round:
-            ours |= tensor.to_ours(whole)
+            ours |= tensor.to_ours(_lazy(stored, torch.float32 if _stays_wide(tensor) else dtype))
         else:
-            ours |= _computed(tensor, whole, exact.get(tensor.name))
+            ours |= _computed(tensor, _lazy(stored), exact.get(tensor.name), dtype)
     return NamedTensors(config, ours), tokenizer_of(header.fields, config, str(path))
 
 
@@ -71,23 +72,40 @@ def _expected(config: MegatronModelConfig, header: GgufHeader, path: Path) -> li
     return [tensor for tensor in expected if tensor.name not in copies]
 
 
-def _lazy(stored: StoredTensor) -> LazyTensor:
-    dtype = _FLOATS.get(stored.kind.name)
-    if dtype is not None:
-        return lazy(FileBytes(stored.path, stored.start), stored.shape, dtype)
-    return lazy(Quantized(stored), stored.shape, torch.float32)
+def _dtype(header: GgufHeader) -> torch.dtype:
+    """One for all parameters, for models compute in one: that of the matrices where they agree."""
+    kinds = {
+        tensor.kind.name
+        for name, tensor in header.tensors.items()
+        if len(tensor.shape) > 1 and not name.endswith(ALWAYS_FLOAT)
+    }
+    return _FLOATS[kinds.pop()] if kinds in ({"F16"}, {"BF16"}) else torch.float32
 
 
-def _computed(tensor: GgufTensor, whole: LazyTensor, exact: Tensor | None) -> dict[str, Tensor]:
+def _stays_wide(tensor: GgufTensor) -> bool:
+    """What balancing has moved in small steps."""
+    return tensor.ours[0].endswith("selection_bias")
+
+
+def _lazy(stored: StoredTensor, dtype: torch.dtype = torch.float32) -> LazyTensor:
+    found = _FLOATS.get(stored.kind.name)
+    source: Source = Quantized(stored) if found is None else FileBytes(stored.path, stored.start)
+    found = found or torch.float32
+    return lazy(source if found == dtype else Cast(source, stored.shape, found), stored.shape, dtype)
+
+
+def _computed(
+    tensor: GgufTensor, whole: LazyTensor, exact: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Of a tensor that was computed with on its way: ours as it was, where the file says and means it."""
 
     def numbers() -> Tensor:
-        found = read(whole).float()
+        found = read(whole)
         if exact is not None and torch.equal(tensor.to_theirs([exact]), found):
-            return exact
-        return tensor.to_ours(found)[tensor.ours[0]]
+            return exact.to(dtype)
+        return tensor.to_ours(found)[tensor.ours[0]].to(dtype)
 
-    return {tensor.ours[0]: lazy(Computed(numbers), tensor.shape, torch.float32)}
+    return {tensor.ours[0]: lazy(Computed(numbers), tensor.shape, dtype)}
 
 
 def _exact(header: GgufHeader) -> dict[str, Tensor]:
@@ -98,6 +116,27 @@ def _exact(header: GgufHeader) -> dict[str, Tensor]:
         return {name: torch.frombuffer(numbers, dtype=torch.float32) for name, numbers in raw.items()}
     except (ValueError, binascii.Error, AttributeError):
         return {}  # not as we write it; the tensors are there
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor in another type than its file has it in.
+
+    Args:
+        source: of the numbers.
+        shape: of the whole.
+        dtype: the file's.
+    """
+
+    source: Source
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, view: Tensor) -> Tensor:
+        """See :class:`~mtnlg.interop.lazy_tensor.Source`."""
+        whole = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        there = whole.as_strided(view.shape, view.stride(), view.storage_offset())
+        return self.source.read(there).to(view.dtype)
 
 
 @dataclass(frozen=True)
