@@ -25,8 +25,9 @@ STEPS = 3
 # gradients: the step is a smooth function of the gradient, and an error of it stays an error of its size.
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, epsilon=0.03, clip_grad_norm=0.5)
 # Three steps of it lead an adapter, whose weights are few and count much, so far that the rounding of the
-# first gradients grows: LoRA of Llama over two ranks differs by 2.3e-6 in its first gradients and by 2.8e-5 in
-# its weights, by 3e-6 with a tenth of the rate, and by 5e-6 with steps that follow the gradient's size.
+# first gradients grows: LoRA of Llama over two ranks differs by 2.3e-6 in its first gradients and by
+# 2.8e-5 in its weights, by 3e-6 with a tenth of the rate, and by 5e-6 with steps that follow the gradient's
+# size.
 OPTIMIZER_OF_ADAPTERS = OptimizerConfig(learning_rate=1.0, epsilon=1.0, clip_grad_norm=0.5)
 
 
