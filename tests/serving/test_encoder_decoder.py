@@ -13,7 +13,8 @@ from mtnlg.config import MegatronModelConfig
 from mtnlg.config.generation import EngineConfig
 from mtnlg.config.serving import ServerConfig
 from mtnlg.encoder_decoder import MegatronEncoderDecoderModel
-from mtnlg.generation.dialogue_format import choose_format
+from mtnlg.generation.dialogue import Dialogue, DialogueOptions
+from mtnlg.generation.dialogue_format import choose_format, dialogue_prompt
 from mtnlg.serving.backend import Backend
 from mtnlg.serving.lifecycle import Server
 from mtnlg.tokens.t5_tokenizer import T5Tokenizer
@@ -69,6 +70,63 @@ def test_embeddings_are_the_mean_of_what_the_encoder_gives(running, model):
     expected = model.make_engine().embed(ids).double().mean(0)
     found = running.openai().embeddings.create(model="tiny", input="the cat sat").data[0].embedding
     assert np.array(found) == pytest.approx((expected / expected.norm()).numpy(), abs=1e-4)
+
+
+TALK = [
+    {"role": "system", "content": "the cat"},
+    {"role": "user", "content": "dog sat"},
+    {"role": "assistant", "content": "on the mat"},
+    {"role": "user", "content": "夜来风雨声"},
+]
+
+
+def test_conversations_are_read_by_the_encoder_together_with_other_requests(running, model):
+    client = running.openai()
+    talks = [TALK[1:2], TALK[:2], TALK, TALK[1:]]
+    options = {"model": "tiny", "max_tokens": 9, "temperature": 0}
+
+    def ask(number):
+        if number % 2:
+            return client.completions.create(prompt="the dog" * number, **options).choices[0].text
+        talk = talks[number // 2]
+        pieces = client.chat.completions.create(messages=talk, stream=True, **options)
+        return "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    for number, answer in enumerate(answers):
+        if number % 2:
+            assert answer == model.generate("the dog" * number, max_new_tokens=9)
+            continue
+        ids = dialogue_prompt(model.tokenizer, talks[number // 2]).ids
+        assert answer == model.generate(ids, max_new_tokens=9, details=True).text
+        whole = client.chat.completions.create(messages=talks[number // 2], **options)
+        assert whole.choices[0].message.content == answer
+        assert whole.usage.prompt_tokens == len(ids)
+    long = [{"role": "user", "content": "dog " * 300}]  # as much again may be written
+    assert len(dialogue_prompt(model.tokenizer, long).ids) + 400 > 512
+    given = {"model": "tiny", "messages": long, "max_tokens": 400}
+    assert running.post("/v1/chat/completions", given).status_code == 200
+
+
+def test_a_dialogue_reads_each_prompt_anew(model):
+    dialogue = Dialogue(model.make_engine(), model.tokenizer, choose_format(model.tokenizer))
+    dialogue.options = DialogueOptions(max_new_tokens=6)
+    for text in ("dog sat", "the cat"):
+        answer = dialogue.ask(text).result()
+        expected = dialogue_prompt(model.tokenizer, dialogue.messages[:-1]).ids
+        assert answer.prompt_ids == expected
+        assert answer.text == model.generate(expected, max_new_tokens=6, details=True).text
+
+
+def test_prompts_are_not_scored(running):
+    for field in ({"echo": True, "logprobs": 1}, {"max_tokens": 0}):
+        answer = running.post("/v1/completions", {"model": "tiny", "prompt": "dog", **field})
+        assert answer.status_code == 400
+        assert "reads a prompt and does not write it" in answer.json()["error"]["message"]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    body = {"model": "tiny", "messages": TALK[1:2], "tools": tools}
+    assert running.post("/v1/chat/completions", body).status_code == 400
 
 
 def test_a_source_that_is_too_long_is_refused(running):

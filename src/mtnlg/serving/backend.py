@@ -81,6 +81,11 @@ class Backend:
         return f"fp_{self.tokenizer.fingerprint[:8]}_{__version__}"
 
     @property
+    def reads_source(self) -> bool:
+        """Whether an encoder reads the prompt, and the answer is a text by itself."""
+        return bool(getattr(self.engine.runner, "reads_source", False))
+
+    @property
     def is_alive(self) -> bool:
         """Whether the engine still takes requests."""
         return self.engine.is_alive

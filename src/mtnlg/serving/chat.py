@@ -46,7 +46,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     base.end_ids = () if body.ignore_eos else prompt.end_ids
     base.stop = [*base.stop, *prompt.stop]
     base.constraint = await _constraint(state, body, tools if must_call else [])
-    base.max_new_tokens = wanted or state.longest(adapter) - len(ids)
+    taken = 1 if state.backend.reads_source else len(ids)
+    base.max_new_tokens = wanted or state.longest(adapter) - taken
     base.min_new_tokens = min(base.min_new_tokens, base.max_new_tokens)
     base.logprobs = (body.top_logprobs or 0) if body.logprobs else None
     job = Job(state, visit, sequences(base, [ids], body.n or 1), is_open_ended=wanted is None)

@@ -50,6 +50,12 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         base.prompt_logprobs = body.logprobs
     elif not base.max_new_tokens:
         base.prompt_logprobs = 0  # nothing else would be left to do
+    if base.prompt_logprobs is not None and state.backend.reads_source:
+        what = "echo" if body.echo else "max_tokens"
+        message = (
+            f"Invalid '{what}': this model reads a prompt and does not write it, so it cannot score it."
+        )
+        raise invalid(message, what, "unsupported_parameter")
     base.min_new_tokens = min(base.min_new_tokens, base.max_new_tokens)
     job = Job(state, visit, sequences(base, rows, num_tried))
     answer = Answer(state, body, job, texts, num_tried)

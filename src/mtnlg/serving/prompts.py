@@ -111,12 +111,16 @@ def check_lengths(
     param: str,
     adapter: LoadedAdapter | None = None,
 ) -> None:
-    """Raise ApiError 400 where a prompt is empty, or does not fit the context with ``wanted`` more."""
+    """Raise ApiError 400 where a prompt is empty, or does not fit the context with ``wanted`` more.
+
+    An encoder-decoder has the room twice: for what is read and, after one token, for what is written.
+    """
     limit = state.longest(adapter)
     for ids in rows:
         if not ids:
             raise invalid(f"Invalid '{param}': it has no tokens. Give at least one.", param, "empty_prompt")
-        if len(ids) + wanted > limit:
+        longest = max(len(ids), wanted + 1) if state.backend.reads_source else len(ids) + wanted
+        if longest > limit:
             raise too_long(limit, len(ids), wanted, param)
 
 

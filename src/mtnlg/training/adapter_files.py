@@ -23,6 +23,7 @@ from mtnlg.interop.fingerprint import check_base, fingerprint
 from mtnlg.interop.names import parameter_shapes
 from mtnlg.interop.peft import read_adapter
 from mtnlg.tokens import Tokenizer
+from mtnlg.tokens.t5_tokenizer import T5Tokenizer
 
 if TYPE_CHECKING:
     from mtnlg.training.model_files import ModelFiles
@@ -44,7 +45,8 @@ def with_adapter(base: ModelFiles, folder: Path) -> ModelFiles:
     adapter = read_adapter(folder, base.config)
     tokenizer = base.tokenizer
     if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_pretrained(folder)
+        kind = T5Tokenizer if base.config.has_encoder else Tokenizer
+        tokenizer = kind.from_pretrained(folder)
     return replace(
         base,
         config=merged_config(base.config, adapter),
