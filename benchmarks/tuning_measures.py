@@ -65,7 +65,8 @@ def answer_all(model, questions: list[list[dict]], **options) -> list[tuple[str,
     for prompt, done in zip(prompts, model.generate([prompt.ids for prompt in prompts], **settings)):
         ids = list(done.new_ids)
         end = next((place for place, token in enumerate(ids) if token in prompt.end_ids), None)
-        answers.append((model.tokenizer.decode(ids[:end]).strip(), end is not None))
+        is_ended = end is not None or done.finish_reason != "length"  # a rule that is done ends a text too
+        answers.append((model.tokenizer.decode(ids[:end]).strip(), is_ended))
     return answers
 
 

@@ -54,6 +54,8 @@ def test_the_formula_and_its_gradient():
     loss.backward()
     known = student.detach().softmax(-1) - F.one_hot(targets, 11)
     assert torch.allclose(student.grad, 0.7 * 3 * (q - p) + 0.3 * known, atol=1e-5)
+    padded = F.pad(teacher, (0, 3), value=9.0)  # of an embedding with rows to spare
+    assert float(distilled_cross_entropy(student, padded, targets, 0.7, 3.0)) == float(loss)
     same = distilled_cross_entropy(teacher, teacher, targets, 1.0, 2.0)
     assert float(same) == pytest.approx(0.0, abs=1e-5)
 
@@ -116,5 +118,7 @@ def test_what_cannot_learn_from_a_teacher_is_refused(folder):
     with pytest.raises(ConfigError, match="does not read virtual tokens"):
         prepared(distilling(folder, "refused", {"method": "prompt"}))
     other = write_base(folder / "other", vocab_size=400)
+    prepared(distilling(folder, "padded", teacher=str(other)))  # the same tokens, and room for more
+    (other / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="only token by token"):
         prepared(distilling(folder, "refused", teacher=str(other)))

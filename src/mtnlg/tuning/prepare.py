@@ -161,12 +161,14 @@ def _teacher_problems(name: str, vocab_size: int, has_encoder: bool, tokenizer: 
             f"tuning.distillation.teacher is {name}: it is {kinds[teacher.config.has_encoder]}, and the "
             f"student {kinds[has_encoder]}; they do not read alike."
         )
-    if teacher.config.vocab_size != vocab_size:
+    theirs = teacher.tokenizer
+    are_alike = theirs is not None and theirs.fingerprint == tokenizer.fingerprint
+    if teacher.config.vocab_size != vocab_size and not are_alike:
         problems.append(
             f"tuning.distillation.teacher is {name}: it has {teacher.config.vocab_size} tokens and the "
             f"student {vocab_size}; logits can be compared only token by token."
         )
-    elif teacher.tokenizer is not None and teacher.tokenizer.fingerprint != tokenizer.fingerprint:
+    elif theirs is not None and not are_alike:
         problems.append(f"tuning.distillation.teacher is {name}: its tokenizer is not the student's.")
     return problems
 
