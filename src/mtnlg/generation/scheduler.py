@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.pages import PageBooks
+from mtnlg.generation.piece_budget import PieceBudget
 from mtnlg.generation.request import Generation
 from mtnlg.generation.runner import Row
 from mtnlg.generation.sampler import SamplingState
@@ -164,7 +165,9 @@ class Scheduler:
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # oldest first
         self.num_preempted = 0
-        self._max_batch_size, self._prefill_chunk = max_batch_size, prefill_chunk
+        self._max_batch_size = max_batch_size
+        self._budget = PieceBudget(prefill_chunk)
+        self._planned = (0, 0)  # prompt tokens of the step, and requests that wait for their next token
         self._keep = keep_prefixes and use_cache
         self._piece = piece
         self._use_cache = use_cache
@@ -274,9 +277,16 @@ class Scheduler:
             elif self._make_room(entry, len(entry.ids)):
                 generating.append(entry)
         shares += self._go_on(generating)
+        prompts: list[Share] = []
         if unfinished:
-            shares += self._share_prompts(unfinished)
-        return shares, newcomers
+            room = self._budget.room(len(generating), len(unfinished))
+            prompts = self._share_prompts(unfinished, room)
+        self._planned = (sum(len(share.row.ids) for share in prompts), len(generating))
+        return shares + prompts, newcomers
+
+    def note(self, seconds: float) -> None:
+        """What the model took for the step that was planned last."""
+        self._budget.note(seconds, *self._planned)
 
     def _go_on(self, entries: list[Running]) -> list[Share]:
         """One token of each, and what is guessed to follow."""
@@ -315,13 +325,12 @@ class Scheduler:
                 return False
         return True
 
-    def _share_prompts(self, entries: list[Running]) -> list[Share]:
+    def _share_prompts(self, entries: list[Running], room: int) -> list[Share]:
         """Divide the step's prompt tokens.
 
         The oldest gets half of them, so that nobody waits for ever; the rest goes to those who need
         least, so that short prompts do not wait for long ones; what is left goes to the oldest.
         """
-        room = self._prefill_chunk
         oldest = entries[0]
         kept = min(oldest.num_missing, max(1, room // 2)) if len(entries) > 1 else 0
         shares = []

@@ -73,7 +73,9 @@ class Stepper:
             for share in shares:
                 self._finish(share.entry, "error", error=wrapped)
             return True
-        statistics.model_seconds += time.perf_counter() - model_began
+        model_seconds = time.perf_counter() - model_began
+        statistics.model_seconds += model_seconds
+        self._scheduler.note(model_seconds)
         for share in shares:
             self._scheduler.advance(share.entry, len(share.row.ids) - len(share.draft))
         if logits is not None:
