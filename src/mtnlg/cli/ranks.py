@@ -156,9 +156,7 @@ def control_group(device_type: str) -> dist.ProcessGroup | None:
     return None if device_type == "cpu" else dist.new_group(backend="gloo")
 
 
-def _check(
-    files: ModelFiles, own: Adapter | None, tensor: int, pipeline: int, device_type: str
-) -> None:
+def _check(files: ModelFiles, own: Adapter | None, tensor: int, pipeline: int, device_type: str) -> None:
     """Whatever can be known to be wrong before a process starts."""
     import torch
 
@@ -196,7 +194,7 @@ def _start(
     size = tensor * pipeline
     num_threads = max(1, available_cores() // size)
     torch.set_num_threads(num_threads)
-    settings = {"model": str(name_or_path), "adapter": adapter, "device": device_type}
+    settings: dict[str, Any] = {"model": str(name_or_path), "adapter": adapter, "device": device_type}
     settings |= {"tensor": tensor, "pipeline": pipeline}
     command = [sys.executable, "-m", "mtnlg.cli.rank_process"]
     companions = Companions(command, size, settings, num_threads, timeout_seconds)

@@ -169,10 +169,10 @@ class AdapterMixer:
         self._prefixes = {}
         for member, first, count in zip(self.members, self._firsts, counts):
             if member.adapter.prompt is not None:
-                rows = member.adapter.prompt.to(**kind)
-                scale = config.embedding_scale  # as mtnlg.model.virtual_tokens
-                rows = rows if scale is None else rows / rows.new_tensor(scale)
-                self._prompts[first : first + count] = rows
+                prompt, scale = member.adapter.prompt.to(**kind), config.embedding_scale
+                if scale is not None:  # as mtnlg.model.virtual_tokens
+                    prompt = prompt / prompt.new_tensor(scale)
+                self._prompts[first : first + count] = prompt
             if member.adapter.prefix is not None:
                 self._put_prefix(member.adapter.prefix, slice(first, first + count), total)
 

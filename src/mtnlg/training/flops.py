@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -116,7 +117,7 @@ def update_flops(config: MegatronModelConfig, adapter: AdapterConfig) -> float:
         return 0.0
     with torch.device("meta"), NoInitialization():
         model = (MegatronEncoderDecoder if config.has_encoder else MegatronLmDecoder)(config)
-    put_adapter(model, adapter, inserts=False)
+    put_adapter(cast(MegatronLmDecoder, model), adapter, inserts=False)
     total = 0
     for name, linear in adapted_linears(model):
         update = low_rank_of(linear)
