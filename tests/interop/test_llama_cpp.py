@@ -9,7 +9,8 @@ from tests.interop.gguf_tokenizers import TEXTS as PLAIN_TEXTS
 from tests.interop.gguf_tokenizers import likely_pieces, merging_pieces
 from tests.interop.llama import ask, needs_llama_cpp
 
-from mtnlg.interop.gguf_precision import PRECISIONS, file_type
+from mtnlg.interop.gguf_precision import PRECISIONS, file_type, kind_of
+from mtnlg.interop.gguf_tensors import gguf_tensors
 from mtnlg.tokens import Tokenizer
 from mtnlg.training.model_files import open_model_files
 
@@ -17,6 +18,13 @@ gguf = pytest.importorskip("gguf", reason="needs the interop extra (gguf)")
 pytestmark = needs_llama_cpp
 WIDE = LLAMA | dict(hidden_size=256, intermediate_size=256, num_hidden_layers=3, tie_word_embeddings=False)
 MIXTURES = [name for name in PRECISIONS if "_k" in name]
+OTHER = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=3)
+OTHERS = {  # whose tensors the mixtures treat otherwise
+    "other-gpt2": FAMILIES["gpt2"] | OTHER,
+    "other-mixtral": FAMILIES["mixtral"] | OTHER | dict(num_experts=8, moe_intermediate_size=256),
+    "other-qwen2_moe": FAMILIES["qwen2_moe"] | OTHER | dict(moe_intermediate_size=256),
+}
+FEW_MIXTURES = {name: int(file_type(name)) for name in ("q4_k_m", "q2_k")}
 LONG = 512  # tokens of context, more than what the short factors of LongRoPE are for
 
 
@@ -66,6 +74,9 @@ def answers(folder, tokenizer, learned):
     wide = wide_model()
     full = write(folder / "full.gguf", wide, None, "f32")
     tasks["quantized"] = dict(file=full, quantize={name: int(file_type(name)) for name in MIXTURES})
+    for name, fields in OTHERS.items():
+        file = write(folder / f"{name}.gguf", model_of(**fields), None, "f32")
+        tasks[f"{name}, quantized"] = dict(file=file, quantize=FEW_MIXTURES)
     for name in PRECISIONS:
         tasks[name] = dict(file=write(folder / f"{name}.gguf", wide, None, name), ids=IDS[:1], new=1)
     told = dict(complete=["秋天的夜晚，", "The value"], new=8, prompts=TEXTS)
@@ -122,6 +133,15 @@ def test_its_own_quantizer_is_no_better(answers, folder, mixture):
     for name, tensor in ours.items():
         errors = [_error(one, full[name]) for one in (tensor, theirs[name])]
         assert errors[0] <= 1.05 * errors[1], (name, tensor.tensor_type.name)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_have_the_formats_that_it_gives_them(answers, folder, name):
+    config = model_of(**OTHERS[name]).config
+    for mixture in FEW_MIXTURES:
+        stored = gguf.GGUFReader(folder / f"{name}.gguf.{mixture}").tensors
+        theirs = {tensor.name: tensor.tensor_type for tensor in stored}
+        assert theirs == {tensor.name: kind_of(tensor, mixture, config) for tensor in gguf_tensors(config)}
 
 
 def _error(stored, full):

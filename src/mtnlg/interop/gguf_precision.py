@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtnlg.config import ConfigError, MegatronModelConfig
+from mtnlg.interop.gguf_families import gguf_family
 from mtnlg.interop.gguf_header import gguf_library
 from mtnlg.interop.gguf_tensors import GgufTensor
 from mtnlg.interop.k_quants import BLOCK as K_BLOCK
@@ -77,8 +78,8 @@ def kind_of(tensor: GgufTensor, precision: str, config: MegatronModelConfig) -> 
 
 def _kind_in_mixture(name: str, precision: str, config: MegatronModelConfig) -> str:
     usual = _MIXTURES[precision]
-    is_head = name == "output.weight" or (name == "token_embd.weight" and config.tie_word_embeddings)
-    if is_head:
+    is_shared = config.tie_word_embeddings and not gguf_family(config).needs_head
+    if name == "output.weight" or (name == "token_embd.weight" and is_shared):
         return "Q6_K"
     match = _LAYER.fullmatch(name)
     if match is None:

@@ -291,7 +291,7 @@ def _decoder_fields(
 def _encoder_decoder_fields(
     fields: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Those of a T5. Nothing scales what its head reads, as in llama.cpp; of UMT5 the norm makes up for it."""
+    """Those of a T5: nothing scales what its head reads, as in llama.cpp (in UMT5 the norm undoes it)."""
     gated = "enc.blk.0.ffn_gate.weight" in tensors
     is_umt5 = "enc.blk.1.attn_rel_b.weight" in tensors
     return dict(
