@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtnlg.generation.linears import can_pack
+from mtnlg.generation.paged_attention import zeros_as_used
+from mtnlg.generation.prepared_modules import with_prepared_linears
 from mtnlg.generation.runner import PAGE_SIZE, Row
 from mtnlg.model import CrossDecoderLayer, MegatronEncoderDecoder
 from mtnlg.model.virtual_tokens import prompt_with_virtual
@@ -56,8 +59,10 @@ class EncoderDecoderRunner:
         self.device, self.dtype = parameter.device, parameter.dtype
         shape = (num_pages, page_size, num_heads or config.key_value_heads, config.head_size)
         layers = [index for index in map(int, model.layers) if index >= config.num_hidden_layers]
-        self._keys = {layer: parameter.new_zeros(shape) for layer in layers}
-        self._values = {layer: parameter.new_zeros(shape) for layer in layers}
+        self._keys = {layer: zeros_as_used(shape, self.dtype, self.device) for layer in layers}
+        self._values = {layer: zeros_as_used(shape, self.dtype, self.device) for layer in layers}
+        self._given = model
+        self._prepare()
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
@@ -91,8 +96,17 @@ class EncoderDecoderRunner:
 
     def refresh(self) -> None:
         """The weights have changed: sources are read anew."""
+        self._prepare()
         self._memories.clear()
         self._stacked = None
+
+    def _prepare(self) -> None:
+        """Linear layers as a CPU multiplies them best; an adapter's are left as they are."""
+        model = self._given
+        is_divided = any("forward" in module.__dict__ for module in model.modules())
+        if model.adapter is None and not is_divided and can_pack(self.device, self.dtype):
+            model = with_prepared_linears(model, self.dtype)
+        self.model = model
 
     # -- what was read
 

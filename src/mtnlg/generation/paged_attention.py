@@ -46,9 +46,9 @@ class PagePool:
         device: torch.device,
     ) -> None:
         self.page_size, self.block = page_size, math.gcd(head_size, VALUE_BLOCK)
-        self.keys = _zeros((num_pages, num_heads, head_size, page_size), dtype, device)
+        self.keys = zeros_as_used((num_pages, num_heads, head_size, page_size), dtype, device)
         blocks = head_size // self.block
-        self.values = _zeros((num_pages, num_heads, blocks, page_size, self.block), dtype, device)
+        self.values = zeros_as_used((num_pages, num_heads, blocks, page_size, self.block), dtype, device)
 
     def write(self, keys: Tensor, values: Tensor, pages: Tensor, places: Tensor) -> None:
         """File new tokens.
@@ -143,7 +143,8 @@ def attend_step(
     return torch.cat([found, found.new_zeros(projected.shape[0] - num_tokens, found.shape[1])])
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros_as_used(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose memory is taken by the operating system's page as they are used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy asks the operating system for zeros and large pages, torch writes its zeros itself.
