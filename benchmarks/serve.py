@@ -2,13 +2,15 @@
 
     python -m benchmarks.serve                                    # all that are installed, bf16 and float32
     LLAMA_SERVER=~/llama.cpp/build/bin/llama-server VLLM=~/vllm/bin/vllm python -m benchmarks.serve
-    python -m benchmarks.serve --servers mtnlg llama.cpp --dtypes bf16 --rounds 3 --fresh
+    python -m benchmarks.serve --servers mtnlg llama.cpp --dtypes bf16 --clients 8 --rounds 3 --fresh
 
 GPT-2's shape (124M) with random weights, streamed completions over HTTP, greedy, on the cores of this
 machine, which the clients share. All servers of a dtype run side by side and take turns, round by round;
 those whose turn it is not are stopped. Every prompt is new, so that no cache of prompts helps.
   fixed     8 clients, each prompts of 128 tokens and 128 new ones
   mixed     1, 8 and 32 clients, prompts of 16 to 384 tokens and 16 to 160 new ones, the same for all
+Before all that every server answers one round of 8 clients by itself, in which it may compile and take its
+memory; a table of its own shows it.
 What has been measured is kept in --state: a run that was broken off goes on, a server that failed can be
 measured alone afterwards, and the table has them all.
 """
@@ -37,6 +39,8 @@ from benchmarks.peers.servers import CONTENDERS, ServerProcess, program
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "serve.md"
+WARM_UP = "warm-up"
+MOST_SECONDS = 900  # for all requests of a round
 
 
 @dataclass
@@ -55,6 +59,10 @@ class Seen:
     seconds: float = 0.0
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
+
+
+def warm_up() -> Work:
+    return Work(8, [(128, 64)] * 8)
 
 
 def works() -> dict[str, Work]:
@@ -77,7 +85,8 @@ async def run_work(server: ServerProcess, work: Work, seed: int) -> Seen:
             await one_request(server, prompt(size, seed * 1000 + number), new, seen)
 
     began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(work.clients)))
+    async with asyncio.timeout(MOST_SECONDS):
+        await asyncio.gather(*(client() for _ in range(work.clients)))
     seen.seconds = time.perf_counter() - began
     return seen
 
@@ -148,13 +157,13 @@ def measure(options: argparse.Namespace, results: Results) -> None:
                 continue
             results.put((name, dtype, "failure"), None)
             results.put((name, dtype, "ready"), server.ready_seconds)
-            asyncio.run(run_work(server, Work(2, [(64, 24)] * 4), seed=999))  # warm, compiled, allocated
-            server.sleep()
-            servers.append(server)
+            if did(server, dtype, WARM_UP, warm_up(), 999, WARM_UP, results):
+                servers.append(server)
         try:
             for number in range(options.rounds):
-                for server in servers if number % 2 == 0 else servers[::-1]:
-                    take_turn(server, dtype, number, options, results)
+                for server in servers[:] if number % 2 == 0 else servers[::-1]:
+                    if not take_turn(server, dtype, number, options, results):
+                        servers.remove(server)
         finally:
             for server in servers:
                 server.end()
@@ -168,18 +177,34 @@ def missing(options: argparse.Namespace, results: Results, name: str, dtype: str
     )
 
 
+def did(
+    server: ServerProcess, dtype: str, name: str, work: Work, seed: int, key: str, results: Results
+) -> bool:
+    """Whether the server answered everything; it sleeps afterwards, or is ended where it did not."""
+    server.wake()
+    try:
+        seen = asyncio.run(run_work(server, work, seed))
+    except (RuntimeError, OSError, ValueError) as error:  # a refusal, a broken connection, no JSON
+        print(f"{server.name} {dtype} {name}: {error!r}", file=sys.stderr, flush=True)
+        results.put((server.name, dtype, "failure"), f"{name}: {error!r}")
+        server.end()
+        return False
+    results.put((server.name, dtype, *((name,) if name == key else (name, key))), vars(seen))
+    print(f"{server.name} {dtype} {name}: {seen.tokens / seen.seconds:.0f} tokens/s", file=sys.stderr)
+    server.sleep()
+    return True
+
+
 def take_turn(
     server: ServerProcess, dtype: str, number: int, options: argparse.Namespace, results: Results
-) -> None:
-    server.wake()
-    for index, work in enumerate(options.works):
-        if results.get(server.name, dtype, work, str(number)) is not None:
+) -> bool:
+    """Whether the server is still there."""
+    for index, name in enumerate(options.works):
+        if results.get(server.name, dtype, name, str(number)) is not None:
             continue
-        seen = asyncio.run(run_work(server, works()[work], seed=10 * number + index))
-        results.put((server.name, dtype, work, str(number)), vars(seen))
-        rate = seen.tokens / seen.seconds
-        print(f"{server.name} {dtype} {work}: {rate:.0f} tokens/s", file=sys.stderr, flush=True)
-    server.sleep()
+        if not did(server, dtype, name, works()[name], 10 * number + index, str(number), results):
+            return False
+    return True
 
 
 def table(options: argparse.Namespace, results: Results) -> Iterator[str]:
@@ -193,6 +218,11 @@ def table(options: argparse.Namespace, results: Results) -> Iterator[str]:
     yield "GPT-2's shape (124M), random weights, greedy, streamed over HTTP; clients run on the same cores."
     yield "Throughput counts new tokens of all clients. Waits are in milliseconds, between tokens as chunks"
     yield "arrive. Ready: from start to the first answer.\n"
+    yield "The first round of each, one server alone, with whatever it compiles and sets up then:\n"
+    yield "| server | ready, s | tokens/s | first token, p50 | between, p50 | p95 |"
+    yield "|---|---|---|---|---|---|"
+    yield from first_rounds(options, results)
+    yield ""
     for dtype in options.dtypes:
         for work in options.works:
             yield f"## {dtype}: {work}\n"
@@ -203,6 +233,17 @@ def table(options: argparse.Namespace, results: Results) -> Iterator[str]:
             yield "|---|---|---|---|---|---|---|---|---|---|---|"
             yield from rows(options, results, dtype, work)
             yield ""
+
+
+def first_rounds(options: argparse.Namespace, results: Results) -> Iterator[str]:
+    for dtype in options.dtypes:
+        for name in CONTENDERS:
+            if (seen := results.get(name, dtype, WARM_UP)) is None:
+                continue
+            first, between = (seen[key] for key in ("first", "between"))
+            cells = [f"{results.get(name, dtype, 'ready'):.1f}", f"{seen['tokens'] / seen['seconds']:.0f}"]
+            cells += [f"{1e3 * at(first, 0.5):.0f}", *(f"{1e3 * at(between, s):.1f}" for s in (0.5, 0.95))]
+            yield f"| {name}, {dtype} | {' | '.join(cells)} |"
 
 
 def rows(options: argparse.Namespace, results: Results, dtype: str, work: str) -> Iterator[str]:
@@ -248,16 +289,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     scratch = Path(tempfile.gettempdir()) / "mtnlg-bench-serve"
+    numbers = sorted({work.clients for work in works().values()})
     parser.add_argument("--servers", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "float32"])
     parser.add_argument("--works", nargs="+", default=list(works()), choices=list(works()))
+    parser.add_argument("--clients", nargs="+", type=int, default=numbers, choices=numbers)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--folder", default=str(scratch), help="where the model's files are kept")
-    parser.add_argument("--state", default=str(scratch / "state.json"), help="what has been measured")
+    parser.add_argument("--state", help="what has been measured; state.json in --folder if not given")
     parser.add_argument("--fresh", action="store_true", help="forget what has been measured")
     parser.add_argument("--output", default=str(RESULT))
     options = parser.parse_args()
+    options.works = [name for name in options.works if works()[name].clients in options.clients]
+    options.state = options.state or str(Path(options.folder) / "state.json")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers end with us
     results = Results(Path(options.state), options.fresh)
     measure(options, results)
