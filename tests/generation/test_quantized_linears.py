@@ -102,6 +102,21 @@ def test_weights_take_their_bits_of_memory():
 
 
 @needs_kernels
+def test_columns_in_another_order():
+    rows = torch.randn(3, 72)
+    for config in (INT4, KINDS[-1]):
+        modules = layers(config)
+        for module in modules:
+            module.order = torch.randperm(72, generator=torch.Generator().manual_seed(3)).int()
+        for rounds in range(2):  # the same order, and one for each
+            product = make_quantized_linear(modules, torch.float32, ACTIVATION_FUNCTIONS)
+            assert isinstance(product, CodesLinear) == (rounds == 0)
+            expected = torch.cat([module(rows) for module in modules], dim=1)
+            torch.testing.assert_close(product(rows), expected, atol=1e-5, rtol=1e-5)
+            modules[1].order = modules[1].order.flip(0)
+
+
+@needs_kernels
 def test_what_no_kernel_is_made_for():
     uneven = layers(QuantizeConfig("int4", 20))  # whose groups do not begin where vectors do
     for modules in (uneven, layers(QuantizeConfig("float8"))):

@@ -36,7 +36,7 @@ def kernel_of(module: object) -> NativeKernel | None:
     if not isinstance(module, QuantizedLinear) or module.config.weights not in ("int8", "int4"):
         return None
     is_cut_evenly = module.num_groups == 1 or module.group_length % INPUTS_OF_A_VECTOR == 0
-    if not is_cut_evenly or module.codes.device.type != "cpu" or module.order is not None:
+    if not is_cut_evenly or module.codes.device.type != "cpu":
         return None
     return KERNEL if module.config.activations == "int8" else FLOAT_KERNEL
 
@@ -59,6 +59,7 @@ class CodesLinear:
         bias: [out].
         activations: functions by name.
         kernel: as one of :mod:`~mtnlg.generation.integer_kernel` is loaded.
+        order: [in] the input that each column of codes belongs to; ``None`` is their own order.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class CodesLinear:
         bias: Tensor | None,
         activations: Activations,
         kernel: Any,
+        order: Tensor | None = None,
     ) -> None:
-        self.activations, self._kernel = activations, kernel
+        self.activations, self._kernel, self._order = activations, kernel, order
         self.outputs, self.inputs = codes.codes.shape
         self.groups = codes.scales.shape[1]
         self.group = -(-length // INPUTS_OF_A_VECTOR) * INPUTS_OF_A_VECTOR
@@ -100,7 +102,7 @@ class CodesLinear:
     ) -> Tensor:
         """See :class:`~mtnlg.generation.linears.Linear`."""
         other = plus if times is None else times
-        rows = rows.contiguous()
+        rows = rows.contiguous() if self._order is None else rows.index_select(1, self._order)
         found = rows.new_empty(rows.shape[0], self.outputs)
         if other is not None:
             other = other.contiguous()
@@ -158,16 +160,23 @@ def make_quantized_linear(
     """
     biases = [None if module.bias is None else module.bias.detach() for module in modules]
     kernel = kernel_of(modules[0])
-    is_alike = all(kernel_of(module) is kernel for module in modules)
+    is_alike = all(kernel_of(module) is kernel and _in_order_of(module, modules[0]) for module in modules)
     if kernel is not None and kernel.loaded is not None and is_alike and dtype in ROW_TYPES:
         given = [bias for bias in biases if bias is not None]
         is_int4 = modules[0].config.weights == "int4"
         bias = torch.cat(given) if given else None
         length, codes = modules[0].group_length, _side_by_side(modules)
-        return CodesLinear(codes, length, is_int4, bias, activations, kernel.loaded)
+        return CodesLinear(codes, length, is_int4, bias, activations, kernel.loaded, modules[0].order)
     weights = [module.dequantize().to(dtype) for module in modules]
     inner = make_linear(weights, biases, dtype, activations, for_few_rows)
     return RoundedLinear(inner) if modules[0].config.activations == "int8" else inner
+
+
+def _in_order_of(module: QuantizedLinear, other: QuantizedLinear) -> bool:
+    """Whether the columns of both lie alike."""
+    if module.order is None or other.order is None:
+        return module.order is other.order
+    return torch.equal(module.order, other.order)
 
 
 def _side_by_side(modules: Sequence[QuantizedLinear]) -> Codes:
