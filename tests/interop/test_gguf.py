@@ -6,6 +6,7 @@ import json
 import re
 import struct
 
+import numpy as np
 import pytest
 import torch
 from tests.interop.gguf_models import FAMILIES, IDS, LLAMA, SIZES, TEXTS, continued, model_of, write
@@ -14,7 +15,10 @@ from tests.interop.gguf_tokenizers import likely_pieces, merging_pieces
 
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
 from mtnlg.interop import write_gguf
+from mtnlg.interop.gguf_header import read_header
+from mtnlg.interop.gguf_reader import Quantized
 from mtnlg.interop.k_quants import K_QUANTS, quantize_k
+from mtnlg.interop.lazy_tensor import lazy, read
 from mtnlg.tokens import Tokenizer
 from mtnlg.training.model_files import open_model_files
 
@@ -117,6 +121,27 @@ def test_few_bits_are_numbers_again(tmp_path, precision):
     name = "layers.1.mlp.up.weight"
     ((_, part),) = files.stream([name], lambda _, view: view[7:9, 3:200])
     assert torch.equal(part, weights[name][7:9, 3:200])
+
+
+def test_every_format_that_the_library_knows_is_read(tmp_path):
+    """Some rows of random codes, beside what the library makes of all of them."""
+    kinds = [kind for kind in gguf.quants._type_traits if gguf.GGML_QUANT_SIZES[kind][0] > 1]
+    assert len(kinds) > 15
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "none")
+    random = np.random.default_rng(0)
+    codes = {}
+    for kind in kinds:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        codes[kind.name] = random.integers(0, 64, (6, 512 // block * size), dtype=np.uint8)
+        writer.add_tensor(kind.name, codes[kind.name], raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name, stored in read_header(tmp_path / "m.gguf").tensors.items():
+        expected = torch.from_numpy(gguf.quants.dequantize(codes[name], stored.kind)).float()
+        found = read(lazy(Quantized(stored), stored.shape, torch.float32)[2:5, 7:400:3])
+        assert torch.equal(found, expected[2:5, 7:400:3]), name
 
 
 @pytest.mark.parametrize("precision", ["f16", "bf16", "q4_k_m"])
