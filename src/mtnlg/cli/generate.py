@@ -100,17 +100,18 @@ def run(arguments: Namespace) -> int:
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     prompt = prompt.removesuffix("\n") if arguments.prompt == "-" else prompt
     model, tokenizer = open_model(arguments.model, arguments.device, arguments)
+    written = "" if model.config.has_encoder else prompt  # an answer does not go on with what was read
     model.engine_config = config
     printer = None
     if not arguments.json and not _is_chosen_at_the_end(arguments):
-        printer = Printer(prompt, arguments.samples)
+        printer = Printer(written, arguments.samples)
         options["listener"] = printer.hear
     found = model.generate(prompt, n=arguments.samples, details=True, **options)
     if arguments.json:
-        _print_json(prompt, found, tokenizer.decode, arguments.logprobs is not None)
+        _print_json(prompt, written, found, tokenizer.decode, arguments.logprobs is not None)
     elif printer is None:
         for generation in found:
-            print(prompt + generation.text)
+            print(written + generation.text)
     return 0
 
 
@@ -187,13 +188,15 @@ class Printer:
             sys.stdout.flush()
 
 
-def _print_json(prompt: str, found: Sequence[Generation], decode: Any, with_scores: bool) -> None:
+def _print_json(
+    prompt: str, written: str, found: Sequence[Generation], decode: Any, with_scores: bool
+) -> None:
     import json
 
     for generation in found:
         record: dict[str, Any] = {
             "prompt": prompt,
-            "text": prompt + generation.text,
+            "text": written + generation.text,
             "finish_reason": generation.finish_reason,
             "new_tokens": len(generation.new_ids),
         }
