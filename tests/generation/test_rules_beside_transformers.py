@@ -14,7 +14,7 @@ from mtnlg.generation import SamplingRules
 from mtnlg.generation.distribution import row_probabilities
 from mtnlg.generation.penalties import edit_scores
 from mtnlg.generation.sampler import SamplingState, distributions
-from mtnlg.generation.sampling import row_generators
+from mtnlg.generation.sampling import stream_of
 
 logits_process = pytest.importorskip("transformers.generation.logits_process")
 
@@ -35,7 +35,7 @@ WARPERS = {
 
 
 def make_state(rules, prompt, new=(), **fields) -> SamplingState:
-    return SamplingState(rules, prompt, row_generators(0, 1)[0], new_ids=list(new), **fields)
+    return SamplingState(rules, prompt, stream_of(0), new_ids=list(new), **fields)
 
 
 def scores_of(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:

@@ -8,9 +8,13 @@ from hypothesis import strategies as st
 
 from mtnlg.config import ConfigError, MtnlgError
 from mtnlg.generation import SamplingRules, choose_tokens, token_probabilities
-from mtnlg.generation.sampling import row_generators
+from mtnlg.generation.sampling import stream_of
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0], [0.5, 0.5, 4.0, -2.0, 0.0]])
+
+
+def row_generators(seed: int | None, num_rows: int) -> list[torch.Generator]:
+    return [stream_of(seed, row) for row in range(num_rows)]
 
 
 def reference_probabilities(logits: np.ndarray, rules: SamplingRules) -> np.ndarray:

@@ -18,7 +18,7 @@ OPTIONS = (
     ("dtype", str, "float32, bf16, or auto: as the weights are saved"),
     ("cache_dtype", str, "of keys and values: auto (as dtype), or int8: more tokens in the same memory"),
     ("deterministic", bool, "the same answer whatever else is in the batch"),
-    ("compile", str, "kernels by torch.compile: auto, on or off"),
+    ("compile", str, "kernels that are compiled: auto, on or off"),
     ("speculation", str, "guess tokens and check several at a time: none, ngram or draft"),
     ("num_speculative_tokens", int, "guessed at a time"),
     ("min_ngram", int, "tokens of the shortest ending that ngram looks up in the text so far"),

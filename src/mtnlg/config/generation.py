@@ -36,7 +36,8 @@ class EngineConfig:
         num_speculative_tokens: guessed at a time.
         min_ngram: tokens of the shortest ending that ``ngram`` looks up.
         max_ngram: of the longest, which it tries first.
-        compile: let ``torch.compile`` make kernels: ``auto`` where it helps and a compiler is there.
+        compile: use kernels that are compiled, our own on a CPU and ``torch.compile``'s on a GPU: ``auto``
+            where they help and a compiler is there.
 
     Raises:
         ConfigError: naming every value that is out of range.

@@ -190,9 +190,3 @@ def stream_of(seed: int | None, number: int = 0) -> torch.Generator:
     entropy = secrets.randbits(64) if seed is None else seed
     state = np.random.SeedSequence([entropy, number]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def row_generators(seed: int | None, num_rows: int) -> list[torch.Generator]:
-    """The first ``num_rows`` streams of a seed: see :func:`stream_of`."""
-    seed = secrets.randbits(64) if seed is None else seed
-    return [stream_of(seed, row) for row in range(num_rows)]
