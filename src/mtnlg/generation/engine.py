@@ -141,9 +141,8 @@ class Engine:
             self._num_present += 1
             self._entries[generation] = entry
             self._arrivals.append(entry)
-            if request.deadline_seconds is not None:
-                at = entry.submitted + request.deadline_seconds
-                heapq.heappush(self._deadlines, (at, next(self._numbers), entry))
+            if (seconds := request.deadline_seconds) is not None:
+                heapq.heappush(self._deadlines, (entry.submitted + seconds, next(self._numbers), entry))
             self.statistics.waiting = self._num_present - self.statistics.running
             self._wake.notify_all()
         return generation
