@@ -22,6 +22,7 @@ LARGE_PAGE = 2**21  # bytes
 LINE = 64  # bytes
 WORTH_ASKING = 2**19  # bytes; it takes neighbours to fill a large page, which most matrices have
 ARENA = 2**25  # bytes that are asked for at once: matrices of a model lie beside each other
+QUIET_SECONDS = 1.0  # without another matrix: the model is complete
 ADVISE_HUGE, COLLAPSE_NOW = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE, which Linux has from 6.1 on
 
 
@@ -80,13 +81,17 @@ def use_huge_pages(address: int, num_bytes: int) -> bool:
     if advise is None or num_bytes < WORTH_ASKING:
         return False
     begins = range(address // LARGE_PAGE * LARGE_PAGE, address + num_bytes, LARGE_PAGE)
+    # All at once where the system takes that: it stops the whole machine's bookkeeping for every call.
+    if _collapse(advise, begins[0], len(begins) * LARGE_PAGE):
+        return True
     done = [_collapse(advise, begin) for begin in begins]  # all of them, not only the first
     return any(done)
 
 
 class _Mover:
     """Has :func:`use_huge_pages` done in the background, one after another: a system takes milliseconds
-    for each large page, most of which it waits, and what lies there can be used meanwhile."""
+    for each call, most of which it waits, and what lies there can be used meanwhile. It begins when a model
+    is complete: the process can hardly get other memory meanwhile."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[tuple[object, int, int]] = queue.SimpleQueue()
@@ -103,17 +108,22 @@ class _Mover:
 
     def _work(self) -> None:
         while True:
-            owner, address, num_bytes = self._jobs.get()
-            use_huge_pages(address, num_bytes)
-            del owner
+            jobs = [self._jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    jobs.append(self._jobs.get(timeout=QUIET_SECONDS))
+            while jobs:
+                _owner, address, num_bytes = jobs.pop(0)
+                use_huge_pages(address, num_bytes)
+            del _owner
 
 
 LATER = _Mover()
 
 
-def _collapse(advise: Any, begin: int) -> bool:
-    """One large page; the system refuses where not all of its addresses are in use."""
-    place = ctypes.c_void_p(begin), ctypes.c_size_t(LARGE_PAGE)
+def _collapse(advise: Any, begin: int, num_bytes: int = LARGE_PAGE) -> bool:
+    """Whole large pages; the system refuses where not all of their addresses are in use."""
+    place = ctypes.c_void_p(begin), ctypes.c_size_t(num_bytes)
     return advise(*place, ADVISE_HUGE) == 0 and advise(*place, COLLAPSE_NOW) == 0
 
 
