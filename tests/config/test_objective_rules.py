@@ -32,6 +32,7 @@ def run(objective=SPANS, model=None, length=64, **layout) -> RunConfig:
         ({"context_parallel_size": 2}, "positions need a rank to have the whole sequence"),
         ({"context_parallel_size": 2, "model": {}}, "lets tokens see what follows them"),
         ({"model": {}, "objective": ObjectiveConfig("ul2", target_length=9)}, "a decoder reads input and"),
+        ({"model": {}, "objective": ObjectiveConfig(target_length=9)}, "a decoder reads input and"),
         ({"pipeline_parallel_size": 2, "pipeline_schedule": "zbv"}, "go back through one; use gpipe"),
         ({"pipeline_parallel_size": 2, "pipeline_layout": [8, 0]}, "needs a layer of the decoder"),
         ({"pipeline_parallel_size": 9}, r"num_hidden_layers \+ num_decoder_layers \(8\)"),

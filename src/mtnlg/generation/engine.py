@@ -89,10 +89,9 @@ class Engine:
         draft_model = draft_model or getattr(model, "draft_model", None)
         drafter = drafter or make_drafter(self.config, runner.vocab_size, draft_model)
         capacity = runner.num_pages * runner.page_size
-        # Whose virtual tokens stand with every text.
-        self.own_adapter: AdapterConfig | None = getattr(model, "adapter", None)
-        if getattr(runner, "reads_source", False):  # which puts virtual tokens before a source itself
-            self.own_adapter = None
+        # Whose virtual tokens stand with every text; before a source the runner puts them itself.
+        own: AdapterConfig | None = getattr(model, "adapter", None)
+        self.own_adapter = None if self._reads_source else own
         self.max_length = longest_text(self.own_adapter, min(runner.max_length, capacity))
         self.adapters = AdapterShelf(model, getattr(runner, "takes_adapters", False))
         self.statistics = EngineStatistics(cache_capacity=capacity)

@@ -11,7 +11,8 @@ from torch import LongTensor, Tensor
 from mtnlg.config.errors import ConfigError, DataError
 from mtnlg.tokens.sentencepiece_file import FILE_NAME as SENTENCEPIECE_NAME
 from mtnlg.tokens.sentencepiece_file import definition_of, read_sentencepiece
-from mtnlg.tokens.tokenizer import FILE_NAME, Tokenizer, _read_settings
+from mtnlg.tokens.settings_files import read_settings
+from mtnlg.tokens.tokenizer import FILE_NAME, Tokenizer
 
 DEFAULTS: dict[str, Any] = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 EXTRA_IDS = 100  # sentinels, where the folder does not say
@@ -44,7 +45,7 @@ class T5Tokenizer(Tokenizer):
                 f"{path} is not a tokenizer: neither {FILE_NAME} nor {SENTENCEPIECE_NAME} is in {folder}."
             )
         try:
-            settings = {**DEFAULTS, **_read_settings(folder)}
+            settings = {**DEFAULTS, **read_settings(folder)}
         except ValueError as error:
             raise DataError(f"{folder}: the tokenizer's files are damaged: {error}") from error
         definition = definition_of(read_sentencepiece(model), int(settings.get("extra_ids", EXTRA_IDS)))

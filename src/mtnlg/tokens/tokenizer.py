@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mtnlg.config.errors import ConfigError, DataError
 from mtnlg.tokens.chat_files import DEFAULT_NAME, read_templates, templates_of, write_templates
+from mtnlg.tokens.settings_files import CONFIG_NAME, SPECIAL_MAP_NAME, read_settings
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -24,11 +25,7 @@ PADDING = "<|padding|>"
 DIALOGUE_ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 END_OF_TURN = "<|end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PADDING, *DIALOGUE_ROLES.values(), END_OF_TURN)
-FILE_NAME, CONFIG_NAME, SPECIAL_MAP_NAME = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
+FILE_NAME = "tokenizer.json"
 
 TEMPLATE_SETTING = "chat_template"
 # What a chat template may write by its name in the settings.
@@ -122,7 +119,7 @@ class Tokenizer:
             raise DataError(f"{path} is not a tokenizer: there is no {file.name} in {file.parent}.")
         try:
             definition = file.read_text(encoding="utf-8")
-            settings = _read_settings(file.parent)
+            settings = read_settings(file.parent)
             if templates := read_templates(file.parent, settings):
                 settings[TEMPLATE_SETTING] = templates
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -375,18 +372,6 @@ def _load_core(definition: str, where: str) -> CoreTokenizer:
     core.no_truncation()
     core.no_padding()
     return core
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for name in (SPECIAL_MAP_NAME, CONFIG_NAME):
-        file = folder / name
-        if file.is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise DataError(f"{file} must hold one JSON object.")
-            settings.update({key: value for key, value in content.items() if value is not None})
-    return settings
 
 
 def _token_name(entry: Any) -> str | None:
