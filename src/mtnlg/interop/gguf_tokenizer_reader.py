@@ -27,10 +27,11 @@ _FLAGS = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
 # llama.cpp's other names of ways to cut that we have.
 _ALIASES = {
     **dict.fromkeys(("mpt", "olmo", "jais"), "gpt-2"),
-    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe", "chatglm-bpe"), "llama-bpe"),
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "dbrx", "smaug-bpe", "glm4"), "llama-bpe"),
     **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan"), "qwen2"),
     **dict.fromkeys(("poro-chat", "gpt3-finnish"), "bloom"),
 }
+_WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "falcon3")  # a piece that is a token is not merged
 _PREFIX = "tokenizer.ggml."
 
 
@@ -91,7 +92,7 @@ def _byte_level(fields: Mapping[str, Any], pattern: str) -> dict[str, Any]:
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {
         "type": "BPE",
-        "ignore_merges": _ALIASES.get(fields[f"{_PREFIX}pre"], fields[f"{_PREFIX}pre"]) == "llama-bpe",
+        "ignore_merges": fields[f"{_PREFIX}pre"] in _WHOLE_PIECES,
         "vocab": {text: i for i, (text, kind) in enumerate(zip(tokens, types)) if kind != UNUSED},
         "merges": [merge.split(" ") for merge in fields[f"{_PREFIX}merges"]],
     }
