@@ -20,13 +20,14 @@ from mtnlg.interop.megatron_config import options_of_config
 def megatron(tensor_size: int) -> Iterator[int]:
     """Its global state, and what it asks of CUDA where there is none."""
     warnings.simplefilter("ignore")
-    synchronize = torch.cuda.synchronize
+    synchronize, stream = torch.cuda.synchronize, torch.cuda.Stream
     with _megatron_of_size(tensor_size) as rank:
         torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+        torch.cuda.Stream = lambda *_, **__: None  # type: ignore[assignment, misc]
         try:
             yield rank
         finally:
-            torch.cuda.synchronize = synchronize
+            torch.cuda.synchronize, torch.cuda.Stream = synchronize, stream  # type: ignore[misc]
 
 
 def save(folder: str, fields: dict[str, Any], tensor_size: int) -> None:
@@ -59,8 +60,21 @@ def load(folder: str, fields: dict[str, Any], tensor_size: int) -> float:
         return max(float((item - parts[name]).abs().max()) for name, item in theirs.named_parameters())
 
 
+def logits(fields: dict[str, Any]) -> float:
+    """The largest difference of Megatron's logits from those of ``random_model``."""
+    model = random_model(**fields)
+    ids = torch.randint(0, model.config.vocab_size, (2, 11), generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(11).expand_as(ids).contiguous()
+    hidden_from = torch.ones(11, 11, dtype=torch.bool).triu(1)[None, None]
+    with megatron(1), torch.no_grad():
+        theirs = build(model.config).eval()
+        theirs.load_state_dict(parts_of(model, 0, 1), strict=False)
+        return float((theirs(ids, positions, hidden_from) - model(ids).logits).abs().max())
+
+
 def parts_of(model: torch.nn.Module, rank: int, tensor_size: int) -> dict[str, torch.Tensor]:
-    whole = in_megatron_order(dict(model.named_parameters(remove_duplicate=False)), model.config)
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    whole = in_megatron_order(tensors, model.config)
     return {
         name: part_of_rank(name, item.detach(), model.config, rank, tensor_size).contiguous()
         for name, item in whole.items()

@@ -14,6 +14,7 @@ from tests.parallel.workers import SEED, make_batches, mesh_of, whole
 from torch import Tensor, nn
 
 from mtnlg.config import LayoutConfig, MegatronModelConfig
+from mtnlg.interop.megatron_experts import options_of_experts
 from mtnlg.parallel import Mesh, ParallelModel, lay_out
 from mtnlg.tokens.batch import IGNORED_LABEL, Batch
 
@@ -96,6 +97,30 @@ def _layer(ours: dict[str, Tensor], config: MegatronModelConfig) -> dict[str, Te
             both = [ours[f"mlp.{name}.{kind}"] for name in ("gate", "up") if f"mlp.{name}.{kind}" in ours]
             theirs[f"mlp.linear_fc1.{kind}"] = torch.cat(both)
             theirs[f"mlp.linear_fc2.{kind}"] = ours[f"mlp.down.{kind}"]
+    return theirs | _experts(ours)
+
+
+def _experts(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each expert has matrices of its own in Megatron's module."""
+    theirs = {}
+    for name, own in (
+        ("router.weight", "router.weight"),
+        ("router.expert_bias", "router.selection_bias"),
+        ("shared_experts.gate_weight", "shared_gate.weight"),
+        ("shared_experts.linear_fc2.weight", "shared.down.weight"),
+    ):
+        if f"mlp.{own}" in ours:
+            theirs[f"mlp.{name}"] = ours[f"mlp.{own}"]
+    if "mlp.shared.up.weight" in ours:
+        both = [ours[f"mlp.shared.{name}.weight"] for name in ("gate", "up")]
+        theirs["mlp.shared_experts.linear_fc1.weight"] = torch.cat(both)
+    for number in range(len(ours.get("mlp.experts.up", ()))):
+        gate, up, down = (ours[f"mlp.experts.{name}"][number] for name in ("gate", "up", "down"))
+        expert = f"mlp.experts.local_experts.{number}"
+        theirs |= {
+            f"{expert}.linear_fc1.weight": torch.cat([gate, up]),
+            f"{expert}.linear_fc2.weight": down,
+        }
     return theirs
 
 
@@ -142,16 +167,43 @@ def build(config: MegatronModelConfig) -> nn.Module:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **_of_experts(config),
     )
     return GPTModel(
         theirs,
-        get_gpt_layer_local_spec(normalization=normalization),
+        get_gpt_layer_local_spec(normalization=normalization)
+        if config.num_experts is None
+        else _mixed(theirs),
         vocab_size=config.vocab_size,
         max_sequence_length=config.max_position_embeddings,
         position_embedding_type="rope" if config.position_embedding == "rotary" else "learned_absolute",
         rotary_base=int(config.rotary_base),
         share_embeddings_and_output_weights=config.tie_word_embeddings,
     )
+
+
+def _mixed(theirs: Any) -> Any:
+    """Layers with experts, whose norms are named as by the layers that run on a GPU: fused with nothing."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    block = get_gpt_decoder_block_spec(
+        theirs, use_transformer_engine=False, normalization=theirs.normalization
+    )
+    for spec in block.layer_specs:
+        if hasattr(spec.submodules.mlp.submodules, "experts"):
+            names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+            spec.submodules.sharded_state_dict_keys_map = names
+    return block
+
+
+def _of_experts(config: MegatronModelConfig) -> dict[str, Any]:
+    """The options of a checkpoint, computed by what a CPU has."""
+    if config.num_experts is None:
+        return {}
+    options = options_of_experts(config)
+    here = dict(moe_grouped_gemm=False, moe_token_dispatcher_type="allgather", moe_aux_loss_coeff=0.0)
+    number = options.pop("num_experts")
+    return options | here | dict(num_moe_experts=number)
 
 
 def _our_step(model: ParallelModel, batch: Batch) -> tuple[float, dict[str, Tensor]]:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from mtnlg.config import CheckpointError, MegatronModelConfig
+from mtnlg.config.moe import has_experts
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.interop.distributed_file import METADATA, DistributedWriter, tensors_in
 from mtnlg.interop.megatron_config import config_of_options, options_of_config
-from mtnlg.interop.megatron_names import layers_of_megatron
+from mtnlg.interop.megatron_experts import is_mixture, is_uniform
+from mtnlg.interop.megatron_names import layer_part, layers_of_megatron
 from mtnlg.interop.megatron_ranks import join_ranks
 from mtnlg.interop.named_tensors import NamedTensors, megatron_tensors
 from mtnlg.interop.torch_file import read_torch_file
@@ -91,7 +93,10 @@ def _without_stacks(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rest = name.removeprefix("decoder.layers.")
         if rest != name and not rest.split(".")[0].isdigit():
             for index, layer in enumerate(tensor.unbind(0)):
-                found[f"decoder.layers.{index}.{rest}"] = layer
+                found[f"decoder.layers.{index}.{layer_part(rest)}"] = layer
+        elif rest != name:
+            number, _, part = rest.partition(".")
+            found[f"decoder.layers.{number}.{layer_part(part)}"] = tensor
         else:
             found[name] = tensor
     return found
@@ -114,6 +119,11 @@ def _of_ranks(iteration: Path) -> tuple[dict[str, Tensor], Any, str]:
     first_path, first = next(iter(files.values())), next(iter(states.values()))
     if first.get("args") is None:
         raise CheckpointError(f"{first_path}: it holds no args, so the model's shape is not known.")
+    if is_mixture(vars(first["args"])):
+        raise CheckpointError(
+            f"{first_path}: num_experts is {first['args'].num_experts}: experts are read from distributed "
+            "checkpoints only (Megatron-LM's --ckpt-convert-format torch_dist makes one)."
+        )
     version = float(first.get("checkpoint_version", 0) or 0)
     if version < 2.0:
         raise CheckpointError(
@@ -171,7 +181,7 @@ def write_megatron(
         writer = DistributedWriter(release)
         for name, tensor, offsets, shape in _parts(layers_of_megatron(read, config, names), config):
             writer.add_part(name, tensor, offsets, shape)
-        for name in _extra_states(config.num_hidden_layers):
+        for name in _extra_states(config):
             writer.add_object(name, [None])
         torch.save({"args": options, "iteration": 0, "checkpoint_version": 3.0}, release / "common.pt")
         written_by = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -192,6 +202,14 @@ def _parts(
         if layer is None:
             yield name, tensor, [0] * tensor.dim(), list(tensor.shape)
             continue
+        if not is_uniform(config):
+            yield (
+                name.replace("layers.", f"layers.{layer}."),
+                tensor,
+                [0] * tensor.dim(),
+                list(tensor.shape),
+            )
+            continue
         shape = [config.num_hidden_layers, *tensor.shape]
         halves = 2 if config.is_gated and "linear_fc1." in name and "layer_norm" not in name else 1
         begin = 0
@@ -200,7 +218,25 @@ def _parts(
             begin += half.shape[0]
 
 
-def _extra_states(count: int) -> Iterator[str]:
-    for part in _WITH_EXTRA_STATE:
-        for index in range(count):
-            yield f"decoder.layers.{part}._extra_state/shard_{index}_{count}"
+def _extra_states(config: MegatronModelConfig) -> Iterator[str]:
+    """Names of what layers keep beside their weights."""
+    count, is_stacked = config.num_hidden_layers, is_uniform(config)
+    for index in range(count):
+        place = "" if is_stacked else f"{index}."
+        offset, size = ([index], [count]) if is_stacked else ([], [])
+        parts = [
+            (part, offset or [0], size or [1]) for part in _WITH_EXTRA_STATE if part.startswith("self")
+        ]
+        if has_experts(config, index):
+            shared = "mlp.shared_experts.linear_fc" if config.num_shared_experts else None
+            parts += [(f"{shared}{n}", offset or [0], size or [1]) for n in (1, 2) if shared]
+            for expert in range(config.num_experts or 0):
+                where = [*offset, expert], [*size, config.num_experts or 0]
+                parts += [(f"mlp.experts.experts.linear_fc{n}", *where) for n in (1, 2)]
+        else:
+            parts += [
+                (part, offset or [0], size or [1]) for part in _WITH_EXTRA_STATE if part.startswith("mlp")
+            ]
+        for part, at, of in parts:
+            numbers = "_".join(".".join(map(str, numbers)) for numbers in (at, of))
+            yield f"decoder.layers.{place}{part}._extra_state/shard_{numbers}"

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
+from mtnlg.interop.megatron_experts import expert_obstacles, experts_of_options, options_of_experts
 
 _FIELDS = {
     "num_layers": "num_hidden_layers",
@@ -24,7 +25,6 @@ _POSITIONS = {"learned_absolute": "learned", "rope": "rotary", "none": "none"}
 _NORMS = {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"}
 # Options under which the model is another one than ours, and the values under which it is not.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
-    "num_experts": (None, 0, 1, [1]),
     "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "multi_latent_attention": (False,),
@@ -80,6 +80,7 @@ def config_of_options(options: Any, where: str, vocab_size: int | None = None) -
         normalization=_choice(_NORMS, given.get("normalization", "LayerNorm"), "normalization", where),
         position_embedding=_positions(given, where),
     )
+    fields |= experts_of_options(given, where)
     if fields.get("head_dim", 0) * fields["num_attention_heads"] == fields["hidden_size"]:
         del fields["head_dim"]
     if fields["attention_output_bias"] == fields["attention_bias"]:
@@ -154,15 +155,14 @@ def options_of_config(config: MegatronModelConfig, dtype: str) -> argparse.Names
         pipeline_model_parallel_size=1,
         bf16=dtype == "bf16",
         fp16=dtype == "fp16",
-        num_experts=None,
         tokenizer_type="HuggingFaceTokenizer",
     )
+    options |= options_of_experts(config)
     return argparse.Namespace(**options)
 
 
 def _obstacles(config: MegatronModelConfig) -> list[str]:
     required = dict(
-        num_experts=None,
         architecture="decoder",
         norm_placement="before",
         parallel_residual=False,
@@ -188,6 +188,7 @@ def _obstacles(config: MegatronModelConfig) -> list[str]:
             f"attention_output_bias is {config.has_attention_output_bias} and mlp_bias {config.mlp_bias}: "
             "they must be equal."
         )
+    problems += expert_obstacles(config)
     if config.mlp_bias and not config.attention_bias:
         problems.append("attention_bias is False: with mlp_bias it must be True.")
     choices = dict(

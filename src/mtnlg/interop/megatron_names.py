@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from mtnlg.config import MegatronModelConfig
+from mtnlg.config.moe import has_experts
+from mtnlg.interop.megatron_experts import FIRSTS, FUSED_NORM, NORM
+from mtnlg.interop.megatron_experts import PARTS as _EXPERT_PARTS
 
 _ENDS = {
     "embedding.tokens.weight": "embedding.word_embeddings.weight",
@@ -31,6 +34,7 @@ _PARTS = {
     "mlp_norm.bias": "mlp.linear_fc1.layer_norm_bias",
     "mlp.down.weight": "mlp.linear_fc2.weight",
     "mlp.down.bias": "mlp.linear_fc2.bias",
+    **_EXPERT_PARTS,
 }
 # Other names of the same: of layers without fused norms, and of Megatron-LM before its core.
 ALIASES = {
@@ -92,6 +96,11 @@ def to_ours(
                 halves = ("gate", "up") if config.is_gated else ("up",)
                 cut = zip(halves, first.chunk(len(halves)))
                 ours |= {f"{prefix}mlp.{own}.{kind}": part for own, part in cut}
+        for names, name in FIRSTS.items():
+            if (first := take(layer + name)) is not None:
+                wanted = names if config.is_gated else names[1:]
+                parts = first.chunk(len(wanted), dim=-2)
+                ours |= {prefix + own: part for own, part in zip(wanted, parts)}
     return ours, used
 
 
@@ -119,7 +128,13 @@ def layers_of_megatron(
         prefix = f"layers.{index}."
         for own, name in _PARTS.items():
             if prefix + own in names:
+                is_apart = has_experts(config, index)  # no matrix follows with which the norm is fused
+                name = name.replace(FUSED_NORM, NORM) if is_apart else name
                 yield f"decoder.layers.{name}", index, read(prefix + own)
+        for both, name in FIRSTS.items():
+            if prefix + both[1] in names:
+                parts = [read(prefix + part) for part in both if prefix + part in names]
+                yield f"decoder.layers.{name}", index, torch.cat(parts, dim=-2)
         for kind in ("weight", "bias"):
             if f"{prefix}attention.query.{kind}" in names:
                 parts = [read(f"{prefix}attention.{part}.{kind}") for part in ("query", "key", "value")]
