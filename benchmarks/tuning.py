@@ -56,8 +56,7 @@ RATES = {
 }
 AS_LORA = ("dora", "qlora")  # their matrices are LoRA's, and so is the rate
 STUDENT_RATE = 4e-3
-STUDENT_TIMES = 3  # as many couplets: it begins from nothing
-MIXTURES = {"labels alone": None, "T 1": (0.5, 1.0), "T 2": (0.5, 2.0), "T 1, teacher alone": (1.0, 1.0)}
+MIXTURES = {"labels alone": None, "half teacher, T 1": (0.5, 1.0), "half teacher, T 2": (0.5, 2.0)}
 NUM_ANSWERS = 100
 
 
@@ -136,9 +135,9 @@ def keep_base(arguments, name: str, path: Path, held_out: Path | None) -> None:
     keep(arguments, name, found)
 
 
-def couplet_files(arguments: argparse.Namespace, times: int = 1) -> dict[str, str]:
-    counts = {"train": times * arguments.examples, "validation": 200, "held-out": 400}
-    found = write_couplets(arguments.data, arguments.out / f"data-{times}", counts)
+def couplet_files(arguments: argparse.Namespace) -> dict[str, str]:
+    counts = {"train": arguments.examples, "validation": 200, "held-out": 400}
+    found = write_couplets(arguments.data, arguments.out / "data", counts)
     return {name: str(path) for name, path in found.items()}
 
 
@@ -189,7 +188,7 @@ def distill(arguments: argparse.Namespace) -> None:
     from mtnlg.config import MegatronModelConfig
     from mtnlg.training.model_files import open_model_files
 
-    files = couplet_files(arguments, STUDENT_TIMES)
+    files = couplet_files(arguments)
     teacher = arguments.out / "couplets-full"
     big = open_model_files(teacher)
     shape = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 256}
@@ -198,7 +197,9 @@ def distill(arguments: argparse.Namespace) -> None:
         fields.pop(derived, None)
     nothing = arguments.out / "student"
     MegatronLmModel(MegatronModelConfig(**fields), big.tokenizer).save_pretrained(nothing)
-    for name, mixture in MIXTURES.items():
+    for number, (name, mixture) in enumerate(MIXTURES.items()):
+        if f"student, {name}" in results_of(arguments):
+            continue  # of a part that was interrupted
         overrides = [f"--optimizer.learning_rate={STUDENT_RATE}"]
         if mixture:
             overrides += [
@@ -207,7 +208,7 @@ def distill(arguments: argparse.Namespace) -> None:
                 f"--tuning.distillation.temperature={mixture[1]}",
             ]
         chosen = (files["train"], files["held-out"])
-        config = configure(arguments, "couplets", f"student-{len(overrides)}", nothing, chosen, overrides)
+        config = configure(arguments, "couplets", f"student-{number}", nothing, chosen, overrides)
         keep(arguments, f"student, {name}", tune_and_judge(arguments, config, is_couplet=True))
 
 
@@ -251,8 +252,10 @@ def tune(config) -> dict:
 
 def tune_and_judge(arguments, config, is_couplet: bool) -> dict:
     """Tune; held-out loss and answers before and after."""
+    from mtnlg.training.loop import forget
     from mtnlg.tuning import Tuning
 
+    forget(config.run_dir)
     config = Tuning(print).prepare(config, lambda *_: None)
     facts = {"base": str(config.tuning.base), "held_out": config.tuning.validation_data}
     known = [one for one in results_of(arguments).values() if facts.items() <= one.items()]

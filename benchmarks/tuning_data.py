@@ -106,6 +106,8 @@ def _text(text: str) -> str:
 
 def _write(path: Path, lines: list[str]) -> Path:
     text = "\n".join(lines) + "\n"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:  # a run that goes on wants it untouched
+    if (
+        not path.exists() or path.read_text(encoding="utf-8") != text
+    ):  # a run that goes on wants it untouched
         path.write_text(text, encoding="utf-8")
     return path

@@ -49,10 +49,11 @@ def _bases(results: dict) -> list[str]:
     ]
     for name, one in found.items():
         text = [one.get(key) for key in ("nats_per_token", "nats_per_character", "bits_per_byte")]
-        shown = "" if text[0] is None else ", ".join(f"{value:.3f}" for value in text)
+        shown = ", ".join(f"{value:.3f}" for value in text if value is not None)
+        loss = "" if one["validation_loss"] is None else f"{one['validation_loss']:.3f}"
         lines.append(
             f"| {name} | {one['parameters']:,} | {one['vocabulary']:,} | {one['step']:,} "
-            f"| {one['tokens']:,} | {one['seconds'] / 60:.0f} | {one['validation_loss']:.3f} | {shown} |"
+            f"| {one['tokens']:,} | {one['seconds'] / 60:.0f} | {loss} | {shown} |"
         )
     return [*lines, ""]
 
