@@ -12,6 +12,7 @@ from tests.training.helpers import small_config, train_here
 from torch import nn
 
 from mtnlg import MegatronLmModel, MegatronModelConfig, Tokenizer
+from mtnlg.cli.ranks import open_with_adapter
 from mtnlg.config import ConfigError, OptimizerConfig
 from mtnlg.config.adapter import AdapterConfig
 from mtnlg.config.prompt_tuning import prompt_adapter
@@ -143,6 +144,9 @@ def test_a_run_trains_the_virtual_tokens_alone_and_goes_on_where_it_was(tmp_path
     run = replace(run, model=model)
     train_here(run)
     kept = [open_checkpoint(folder).read_weights() for folder in sorted(list_checkpoints(run.run_dir))]
+    own = open_with_adapter(run.run_dir, None)[1]  # as ranks that generate read it
+    assert own is not None and own.prompt is not None
+    assert torch.equal(own.prompt, kept[-1]["embedding.prompt.weight"])
     changed = {name for name in kept[0] if not torch.equal(kept[0][name], kept[-1][name])}
     assert changed == {PROMPT_NAME}  # after 2 and 6 steps: the only update was the fourth step's
     assert torch.equal(kept[1][PROMPT_NAME], kept[2][PROMPT_NAME])  # after 4 and 6

@@ -123,7 +123,7 @@ def open_with_adapter(name_or_path: str, adapter: str | None) -> tuple[ModelFile
 
     files = open_model_files(name_or_path)
     prompt = prompt_adapter(files.config)
-    if prompt is not None:
+    if prompt is not None and adapter is None and files.adapter is None:
         return files, adapter_from_values(prompt, dict(files.stream(frozenset([PROMPT_NAME]))))
     if adapter is not None:
         files = with_adapter(files, Path(adapter))
