@@ -88,7 +88,8 @@ class PackedLinear:
         self._few, self._most = few, most
         self.num_bytes = weight.nbytes + (0 if few is None else few.num_bytes)
         place = torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight)
-        LATER.add(self.weight, *place)
+        if few is None:  # else many rows alone read these, and their products are arithmetic
+            LATER.add(self.weight, *place)
 
     def __call__(
         self,
