@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtnlg.config.errors import ConfigError
 from mtnlg.generation.compiling import compiled
-from mtnlg.generation.native_attention import native_attention
+from mtnlg.generation.native_attention import NativeAttention, native_attention
 from mtnlg.generation.paged_attention import PagePool, attend_pages, attend_step
 
 Kernel = Callable[..., Tensor]
@@ -88,6 +88,11 @@ class AttentionKernel:
             self._compile()
         else:
             self._calls_left = CALLS_BEFORE_COMPILING
+
+    @property
+    def is_native(self) -> bool:
+        """Whether it is the kernel of our own."""
+        return self.step is not None and isinstance(getattr(self.step, "__self__", None), NativeAttention)
 
     @property
     def is_compiled(self) -> bool:

@@ -14,6 +14,7 @@ from mtnlg.generation.few_rows import most_rows
 from mtnlg.generation.int8_pages import Int8PagePool
 from mtnlg.generation.linears import fewest_rows
 from mtnlg.generation.mixed_adapters import AdapterMixer
+from mtnlg.generation.native_step import NativeStep, native_step
 from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared import PreparedDecoder
 from mtnlg.generation.quantized_linears import have_kernel_for
@@ -83,6 +84,7 @@ class FastRunner:
         Keys and values that pages hold were computed with the old ones: forget them too.
         """
         self._mixer: AdapterMixer | None = None  # made when the first adapter comes
+        self._native: list[NativeStep | None] = []  # made with the first step
         self._own = own_adapter_of(self.model)  # of rows that name none
         with adapter_set_aside(self.model):
             self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._most_of_few > 0)
@@ -99,6 +101,9 @@ class FastRunner:
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
         """See :class:`~mtnlg.generation.runner.Runner`."""
+        logits = self._run_natively(rows)
+        if logits is not None:
+            return logits
         plan, hidden = self._hidden(rows)
         wanted = [
             place
@@ -126,6 +131,21 @@ class FastRunner:
         of, to = (torch.tensor(list(pages), device=self.device) for pages in (sources, targets))
         for pool in self._pools.values():
             pool.copy(of, to)
+
+    def _run_natively(self, rows: Sequence[Row]) -> Tensor | None:
+        """The usual step of a server, in one call; ``None`` where it takes more than that."""
+        if len(rows) > self._most_of_few or any(len(row.ids) > 1 or row.num_logits != 1 for row in rows):
+            return None
+        if self._own is not None or any(row.adapter is not None for row in rows):
+            return None
+        if not self._native:
+            made = native_step(self._decoder, self._pools, self._most_of_few)
+            self._native.append(made if self.kernel.is_native else None)
+        step = self._native[0]
+        if step is None:
+            return None
+        plan = plan_step(rows, self.page_size, 1, self.is_invariant, self.device)
+        return step(plan) if len(plan.singles) == 1 else None
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
         rows = with_own(rows, self._own)

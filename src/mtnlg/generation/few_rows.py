@@ -1,4 +1,4 @@
-"""Products of a few rows, over weights in tiles that are read once (``kernels/few_rows.cpp``).
+"""Products of a few rows, over weights in tiles that are read once (``kernels/matrix.h``).
 
 Decoding a few sequences is reading weights. oneDNN reads its packed weights at two thirds of what memory
 gives when there are so few rows; this kernel reads them at nearly all of it. docs/generation-speed.md has
@@ -21,12 +21,13 @@ TILE = 32  # outputs
 # Above these, oneDNN is as fast: from then on products are arithmetic, not reading.
 MOST_ROWS = {torch.bfloat16: 16, torch.float32: 16}
 IS_BF16, IS_SUM = 1, 2  # what the kernel is told
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "squared_relu": 5}
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 KERNEL = NativeKernel(
     "few_rows.cpp",
     "mtnlg_few_rows",
-    [*[_POINTER] * 3, _INTEGER, *[_POINTER] * 2, *[_INTEGER] * 4],
+    [*[_POINTER] * 3, _INTEGER, *[_POINTER] * 2, *[_INTEGER] * 5],
     ["avx512f"],
 )
 
@@ -64,11 +65,18 @@ class FewRows:
         bias_place = None if self.bias is None else self.bias.data_ptr()
         self._matrix = (self.tiles.data_ptr(), bias_place, self.outputs, self.words)
 
-    def __call__(self, rows: Tensor, plus: Tensor | None = None, times: Tensor | None = None) -> Tensor:
-        """rows · Wᵀ + b, plus or times another [rows, out].
+    def __call__(
+        self,
+        rows: Tensor,
+        activation: str | None = None,
+        plus: Tensor | None = None,
+        times: Tensor | None = None,
+    ) -> Tensor:
+        """activation(rows · Wᵀ + b), or ``rows · Wᵀ + b`` plus or times another [rows, out].
 
         Args:
             rows: [rows, in].
+            activation: key of :data:`ACTIVATIONS`.
             plus: [rows, out].
             times: [rows, out].
         """
@@ -86,6 +94,7 @@ class FewRows:
             rows.shape[0],
             *self._matrix,
             self._flags + IS_SUM * (plus is not None),
+            ACTIVATIONS[activation],
             torch.get_num_threads(),
         )
         return found

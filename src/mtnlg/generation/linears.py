@@ -85,7 +85,7 @@ class PackedLinear:
         self._with_other = torch.ops.mkldnn._linear_pointwise.binary
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
         self.bias, self.activations = bias, activations
-        self._few, self._most = few, most
+        self.few, self._most = few, most
         self.num_bytes = weight.nbytes + (0 if few is None else few.num_bytes)
         place = torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight)
         if few is None:  # else many rows alone read these, and their products are arithmetic
@@ -99,9 +99,8 @@ class PackedLinear:
         times: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Linear`."""
-        if self._few is not None and rows.shape[0] <= self._most:
-            found = self._few(rows, plus, times)
-            return found if activation is None else self.activations[activation](found)
+        if self.few is not None and rows.shape[0] <= self._most:
+            return self.few(rows, activation, plus, times)
         if plus is not None:
             return self._with_other(rows, plus, self.weight, self.bias, "add")
         if times is not None:

@@ -143,8 +143,8 @@ class PreparedDecoder:
     def _look_up(self, ids: Tensor) -> Tensor:
         return self.tokens[ids].to(self.dtype)
 
-    def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """After the last layer, before the final norm: [tokens] → [tokens, hidden]"""
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """What goes into the first layer: [tokens] → [tokens, hidden]"""
         assert self.look_up is not None
         hidden = self.look_up(ids)  # [tokens] → [tokens, width]
         if self.scale is not None:
@@ -155,6 +155,11 @@ class PreparedDecoder:
             hidden = hidden + self.positions[positions].to(self.dtype)
         if self.embedding_norm is not None:
             hidden = self.embedding_norm(hidden)
+        return hidden
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """After the last layer, before the final norm: [tokens] → [tokens, hidden]"""
+        hidden = self.embed(ids, positions)
         rotations = TokenRotations(self.config, positions, self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, rotations.of_layer(layer), attend)
