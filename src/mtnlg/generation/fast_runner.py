@@ -138,14 +138,17 @@ class FastRunner:
             return None
         if self._own is not None or any(row.adapter is not None for row in rows):
             return None
-        if not self._native:
-            made = native_step(self._decoder, self._pools, self._most_of_few)
-            self._native.append(made if self.kernel.is_native else None)
-        step = self._native[0]
+        step = self._native_step()
         if step is None:
             return None
         plan = plan_step(rows, self.page_size, 1, self.is_invariant, self.device)
         return step(plan) if len(plan.singles) == 1 else None
+
+    def _native_step(self) -> NativeStep | None:
+        if not self._native:
+            made = native_step(self._decoder, self._pools, self._most_of_few)
+            self._native.append(made if self.kernel.is_native else None)
+        return self._native[0]
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
         rows = with_own(rows, self._own)
@@ -164,7 +167,9 @@ class FastRunner:
     def _mix(self, rows: Sequence[Row], plan: StepPlan) -> AdapterMixer | None:
         """Have the weights follow the rows' adapters."""
         if self._mixer is None and any(row.adapter is not None for row in rows):
-            self._mixer = AdapterMixer(self._decoder, WholeBase(self.model), self.is_invariant)
+            self._native_step()  # of the matrices as they are
+            base = WholeBase(self.model)
+            self._mixer = AdapterMixer(self._decoder, base, self.is_invariant)  # type: ignore[arg-type]
         if self._mixer is not None:
             self._mixer.lay_out(rows)
             self._mixer.begin(rows, plan)

@@ -143,7 +143,7 @@ class PreparedStage:
             assert self.look_up is not None
             return self.look_up(ids[0])[None]
 
-        tokens.forward = look_up  # type: ignore[method-assign]
+        tokens.forward = look_up  # type: ignore[method-assign, assignment]
 
     def forward(self, inputs: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Through this rank's layers.

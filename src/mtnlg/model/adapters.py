@@ -149,7 +149,7 @@ def adapter_set_aside(decoder: MegatronLmDecoder) -> Iterator[None]:
         if prompt is not None and embedding is not None:
             embedding.add_module("prompt", prompt)
         if read is not None:
-            decoder.forward = read
+            decoder.forward = read  # type: ignore[method-assign]
 
 
 @torch.no_grad()
@@ -206,8 +206,9 @@ def prefixed(decoder: MegatronLmDecoder) -> Iterator[tuple[int, Attention]]:
 
 def _put_low_rank(decoder: MegatronLmDecoder, config: AdapterConfig) -> None:
     for name, linear in _targets(decoder, config.target_modules).items():
+        inputs, outputs = sizes_of(linear)
         options = (config.rank, config.scale, config.dropout, config.decomposed)
-        put_update(decoder, name, LowRankUpdate(*sizes_of(linear), *options, **kind_beside(linear)))
+        put_update(decoder, name, LowRankUpdate(inputs, outputs, *options, **kind_beside(linear)))
 
 
 def put_update(decoder: MegatronLmDecoder, name: str, update: LowRankUpdate) -> None:
