@@ -89,9 +89,8 @@ def to_ours(
                 ours[prefix + own] = tensor
         for kind in ("weight", "bias"):
             if (fused := take(layer + _QUERY_KEY_VALUE.format(kind))) is not None:
-                parts = _split_groups(fused, config)
-                names = ("query", "key", "value")
-                ours |= {f"{prefix}attention.{own}.{kind}": part for own, part in zip(names, parts)}
+                three = zip(("query", "key", "value"), _split_groups(fused, config))
+                ours |= {f"{prefix}attention.{own}.{kind}": part for own, part in three}
             if (first := take(layer + _FIRST.format(kind))) is not None:
                 halves = ("gate", "up") if config.is_gated else ("up",)
                 cut = zip(halves, first.chunk(len(halves)))
@@ -99,8 +98,8 @@ def to_ours(
         for names, name in FIRSTS.items():
             if (first := take(layer + name)) is not None:
                 wanted = names if config.is_gated else names[1:]
-                parts = first.chunk(len(wanted), dim=-2)
-                ours |= {prefix + own: part for own, part in zip(wanted, parts)}
+                apart = zip(wanted, first.chunk(len(wanted), dim=-2))
+                ours |= {prefix + own: part for own, part in apart}
     return ours, used
 
 
@@ -142,6 +141,6 @@ def layers_of_megatron(
                 fused = torch.cat(grouped, dim=1).flatten(0, 1)
                 yield f"decoder.layers.{_QUERY_KEY_VALUE.format(kind)}", index, fused
             if f"{prefix}mlp.up.{kind}" in names:
-                both = [f"{prefix}mlp.{part}.{kind}" for part in ("gate", "up")]
-                first = torch.cat([read(part) for part in both if part in names])
+                halves = [f"{prefix}mlp.{part}.{kind}" for part in ("gate", "up")]
+                first = torch.cat([read(part) for part in halves if part in names])
                 yield f"decoder.layers.{_FIRST.format(kind)}", index, first
