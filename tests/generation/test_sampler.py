@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mtnlg.generation import SamplingRules
 from mtnlg.generation.draws import draw_by_blocks, most_likely
 from mtnlg.generation.sampler import SamplingState, distributions, sample, token_logprobs
-from mtnlg.generation.sampling import row_generators, stream_of
+from mtnlg.generation.sampling import stream_of
 
 
 def make_state(rules: SamplingRules, row: int = 0, **fields) -> SamplingState:
@@ -149,7 +149,7 @@ def test_the_stream_goes_on_and_the_seed_decides():
     logits = logits_of(1, 1, 50)
     draw = lambda seed: [  # noqa: E731
         tokens_of(logits, [state])[0]
-        for state in [SamplingState(SamplingRules(1.0), [1], row_generators(seed, 1)[0])]
+        for state in [SamplingState(SamplingRules(1.0), [1], stream_of(seed, 0))]
         for _ in range(60)
     ]
     assert draw(1) == draw(1) != draw(2)
@@ -159,7 +159,7 @@ def test_the_stream_goes_on_and_the_seed_decides():
 def test_streams_differ_and_do_not_depend_on_how_many_there_are():
     first = [torch.rand(1, generator=stream_of(5, number)).item() for number in range(100)]
     assert len(set(first)) == 100
-    assert first[7] == torch.rand(1, generator=row_generators(5, 9)[7]).item()
+    assert first[7] == torch.rand(1, generator=stream_of(5, 7)).item()
 
 
 # -- errors

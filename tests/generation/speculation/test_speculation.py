@@ -11,7 +11,7 @@ from mtnlg.generation import Engine, GenerationRequest, SamplingRules
 from mtnlg.generation.constraints import constraint_from_options
 from mtnlg.generation.runner import PlainRunner
 from mtnlg.generation.sampler import SamplingState
-from mtnlg.generation.sampling import row_generators
+from mtnlg.generation.sampling import stream_of
 from mtnlg.generation.speculation import ModelDrafter, sample_drafted
 from mtnlg.generation.speculation.ngram import NgramIndex
 from mtnlg.model import MegatronLmDecoder, initialize_weights
@@ -182,7 +182,7 @@ def draw_with_guesses(logits, draft_logits, rules, count):
     generator = torch.Generator().manual_seed(0)
     draft = torch.softmax(draft_logits / rules.temperature, -1)
     guesses = torch.multinomial(draft, count, replacement=True, generator=generator).tolist()
-    states = [SamplingState(rules, [0], stream) for stream in row_generators(rules.seed, count)]
+    states = [SamplingState(rules, [0], stream_of(rules.seed, row)) for row in range(count)]
     found = []
     for start in range(0, count, 500):
         part = slice(start, start + 500)
