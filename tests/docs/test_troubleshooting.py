@@ -61,7 +61,7 @@ def all_messages():
             yield pytest.param(parts, id=f"{path.name}:{line}")
 
 
-@pytest.mark.parametrize("parts", all_messages())
+@pytest.mark.parametrize("parts", list(all_messages()))
 def test_a_message_is_explained(parts):
     found = what_is_wrong(parts)
     if len("".join(parts)) > 8:  # a shorter one only passes another message on
