@@ -23,9 +23,10 @@ mtnlg export runs/demo --format hf --precision bf16 --out exported/demo-bf16
 mtnlg export runs/demo --format hf --quantize int4 --out exported/demo-int4
 mtnlg export runs/demo --format gguf --precision q4_k_m --out exported/demo-q4_k_m.gguf
 mtnlg export runs/demo --format megatron --out exported/demo-megatron
+mtnlg export runs/demo --format onnx --out exported/demo.onnx
 mtnlg export runs/demo-lora --format peft --out exported/demo-lora
 """
-FORMATS = ("hf", "gguf", "megatron", "peft")
+FORMATS = ("hf", "gguf", "megatron", "onnx", "peft")
 GGUF_NAMES = {"float32": "f32", "fp16": "f16", None: "f16"}
 
 
@@ -37,14 +38,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         required=True,
         choices=FORMATS,
         help="hf: a folder for transformers and vLLM; gguf: a file for llama.cpp; megatron: a checkpoint; "
-        "peft: an adapter without its base",
+        "onnx: a graph for ONNX Runtime, without a cache; peft: an adapter without its base",
     )
-    parser.add_argument("--out", metavar="PATH", required=True, help="folder (hf) or file (gguf) to write")
+    parser.add_argument(
+        "--out", metavar="PATH", required=True, help="folder, or file (gguf, onnx), to write"
+    )
     parser.add_argument(
         "--precision",
         type=str | None,
         default=None,
-        help="float32, bf16 or fp16; null keeps it (gguf: fp16). "
+        help="float32, bf16 or fp16; null keeps it (gguf: fp16, onnx: float32). "
         "gguf also takes q8_0, q6_k, q5_k_m, q4_k_m, ... (docs/export.md has them all)",
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="hf: largest file of weights")
@@ -58,6 +61,7 @@ def run(arguments: Namespace) -> int:
 
     from mtnlg.cli.terminal import ProgressDisplay, quantity
     from mtnlg.config import ConfigError
+    from mtnlg.interop.onnx_file import data_file
     from mtnlg.training.model_files import open_model_files
 
     out = Path(arguments.out)
@@ -69,7 +73,8 @@ def run(arguments: Namespace) -> int:
             next_step = _WRITERS[arguments.format](files, out, arguments, progress)
         else:
             next_step = export_quantized(arguments, out, dtype_of(arguments), progress)
-    size = sum(path.stat().st_size for path in ([out] if out.is_file() else out.rglob("*")))
+    written = [out, data_file(out)] if out.is_file() else out.rglob("*")
+    size = sum(path.stat().st_size for path in written if path.is_file())
     print(f"{out}: {quantity(files.config.num_parameters, 'parameters')}, {quantity(size, 'bytes')}")
     print(f"next: {next_step}")
     return 0
@@ -131,4 +136,20 @@ def _to_megatron(files: ModelFiles, out: Path, arguments: Namespace, progress: P
     return f"Megatron-LM with --load {out} --ckpt-format torch_dist --use-checkpoint-args"
 
 
-_WRITERS = {"hf": _to_hugging_face, "gguf": _to_gguf, "megatron": _to_megatron, "peft": to_peft}
+def _to_onnx(files: ModelFiles, out: Path, arguments: Namespace, progress: Progress) -> str:
+    import torch
+
+    from mtnlg.interop import write_onnx
+
+    dtype = dtype_of(arguments) or torch.float32
+    write_onnx(out, files.float_config, files.stream, files.tokenizer, dtype, progress)
+    return f"onnxruntime.InferenceSession({str(out)!r})"
+
+
+_WRITERS = {
+    "hf": _to_hugging_face,
+    "gguf": _to_gguf,
+    "megatron": _to_megatron,
+    "onnx": _to_onnx,
+    "peft": to_peft,
+}

@@ -1,4 +1,4 @@
-"""Other people's model files: Hugging Face folders and hub names, GGUF."""
+"""Other people's model files: Hugging Face folders and hub names, GGUF, ONNX."""
 
 from mtnlg.interop.architectures import nearest_architecture
 from mtnlg.interop.foreign import open_foreign
@@ -13,6 +13,7 @@ from mtnlg.interop.hugging_face import (
     write_hugging_face_folder,
 )
 from mtnlg.interop.megatron import write_megatron
+from mtnlg.interop.onnx_file import write_onnx
 from mtnlg.interop.tensor_folder import TensorFolder, write_tensors
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "write_hugging_face",
     "write_hugging_face_folder",
     "write_megatron",
+    "write_onnx",
     "write_tensors",
 ]
