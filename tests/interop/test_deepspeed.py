@@ -16,6 +16,7 @@ from tests.parallel.megatron_oracle import in_megatron_order, part_of_rank
 
 from mtnlg.config import CheckpointError
 from mtnlg.interop import write_hugging_face
+from mtnlg.interop.deepspeed import open_deepspeed
 from mtnlg.interop.megatron_config import options_of_config
 from mtnlg.training.model_files import open_model_files
 
@@ -56,29 +57,39 @@ def half(tensors):
     return OrderedDict((name, tensor.to(torch.float16)) for name, tensor in tensors.items())
 
 
-def save_stage_2(folder: Path, tensors: dict, prefix: str = "zero", **more) -> None:
-    """Two groups of parameters; each flattened, filled up to a multiple of twice the ranks, and cut."""
-    names = list(tensors)
+def save_stage_2(folder: Path, tensors: dict, prefix="zero", untrained=(), alignment=1, **more) -> None:
+    """Two groups of parameters; each flattened, filled up to a multiple of twice the ranks, and cut.
+
+    With an alignment every parameter but the last of a group is filled up to a multiple of it.
+    """
+    names = [name for name in tensors if name not in untrained]
     groups = [names[0::2], names[1::2]]
     shapes = [OrderedDict((name, tensors[name].shape) for name in group) for group in groups]
     state = {"module": half(tensors), "param_shapes": shapes, "ds_version": "0.16.4", **more}
     save(folder / STEP / "mp_rank_00_model_states.pt", state)
-    flat = []
+    flat, gaps = [], []
     for group in groups:
-        whole = torch.cat([tensors[name].flatten() for name in group])
+        gaps.append([-tensors[name].numel() % alignment for name in group[:-1]] + [0])
+        filled = [
+            torch.cat([tensors[name].flatten(), torch.full((gap,), torch.nan)])
+            for name, gap in zip(group, gaps[-1])
+        ]
+        whole = torch.cat(filled)
         whole = torch.cat([whole, whole.new_zeros(-len(whole) % (2 * RANKS))])
         flat.append(whole.chunk(RANKS))
     for rank in range(RANKS):
         optimizer = {"zero_stage": stage_enum(2), "partition_count": [RANKS, RANKS]}
         optimizer["single_partition_of_fp32_groups"] = [group[rank].clone() for group in flat]
+        if alignment > 1:
+            optimizer["param_alignment_paddings"] = gaps
         path = folder / STEP / f"{prefix}_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         save(path, {"optimizer_state_dict": optimizer})
     (folder / "latest").write_text(STEP)
 
 
-def save_stage_3(folder: Path, tensors: dict) -> None:
-    """Every parameter is cut over all ranks by itself, the last part filled up."""
-    names = list(tensors)
+def save_stage_3(folder: Path, tensors: dict, frozen=(), buffers=()) -> None:
+    """Every parameter is cut over all ranks by itself, the last part filled up; buffers are whole."""
+    names = [name for name in tensors if name not in {*frozen, *buffers}]
     groups = [names[:2], names[2:]]
     shapes = [OrderedDict((name, tensors[name].shape) for name in group) for group in groups]
     parts = {}
@@ -88,7 +99,10 @@ def save_stage_3(folder: Path, tensors: dict) -> None:
     for rank in range(RANKS):
         stem = f"zero_pp_rank_{rank}_mp_rank_00"
         empty = OrderedDict((name, torch.empty(0)) for name in names)
-        save(folder / STEP / f"{stem}_model_states.pt", {"module": empty, "param_shapes": shapes})
+        state = {"module": empty | {name: tensors[name] for name in buffers}, "param_shapes": shapes}
+        state["frozen_param_shapes"] = {name: tensors[name].shape for name in frozen}
+        state["frozen_param_fragments"] = {name: parts[name][rank].clone() for name in frozen}
+        save(folder / STEP / f"{stem}_model_states.pt", state)
         flat_groups = [torch.cat([parts[name][rank] for name in group]) for group in groups]
         optimizer = {"zero_stage": stage_enum(3), "partition_count": RANKS, "fp32_flat_groups": flat_groups}
         save(folder / STEP / f"{stem}_optim_states.pt", {"optimizer_state_dict": optimizer})
@@ -107,6 +121,64 @@ def test_parts_of_float32_weights_are_put_together(tmp_path, fields, stage):
     with torch.no_grad():  # one parameter alone, and a slice of it
         ((_, found),) = files.stream(["layers.1.mlp.up.weight"], lambda name, whole: whole[3:9, 5:])
     assert torch.equal(found, model.state_dict()["layers.1.mlp.up.weight"][3:9, 5:])
+
+
+# Two sizes that three ranks and eight numbers do not divide.
+ODD = LLAMA | dict(tie_word_embeddings=False, hidden_size=15, head_dim=6, intermediate_size=21)
+NORM, UP = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_was_not_trained_is_beside_the_optimizer(tmp_path, stage):
+    """Frozen parameters and buffers: of ZeRO 1 in the module, frozen ones of ZeRO 3 cut over ranks."""
+    model = rounded(random_model(**ODD))
+    tensors = names_of_hugging_face(model, tmp_path)
+    if stage == 1:
+        save_stage_2(tmp_path, tensors, untrained=[NORM, UP])
+    else:
+        save_stage_3(tmp_path, tensors, frozen=[UP], buffers=[NORM])
+    found = open_model_files(tmp_path).read()
+    assert all(torch.equal(found[name].float(), item) for name, item in model.state_dict().items())
+
+
+def test_parameters_at_aligned_addresses(tmp_path):
+    model = random_model(**ODD)
+    save_stage_2(tmp_path, names_of_hugging_face(model, tmp_path), alignment=8)
+    assert_same(model, open_model_files(tmp_path))
+
+
+def test_a_tied_tensor_has_float32_under_both_names(tmp_path):
+    weight = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    tensors = {"a": weight, "b": weight, "c": weight.sum(0)}
+    save_stage_2(tmp_path, tensors, untrained=["b"], shared_params={"b": "a"})
+    found = open_deepspeed(tmp_path).tensors
+    assert torch.equal(found["a"], weight) and torch.equal(found["b"], weight)
+
+
+@pytest.mark.parametrize("save_stage", [save_stage_2, save_stage_3])
+def test_parts_of_another_size_are_refused(tmp_path, save_stage):
+    save_stage(tmp_path, {"a": torch.randn(40, 3), "b": torch.randn(5), "c": torch.randn(7)})
+    for path in (tmp_path / STEP).glob("*_model_states.pt"):
+        state = torch.load(path)
+        state["param_shapes"][0]["a"] = torch.Size([40, 2])
+        torch.save(state, path)
+    with pytest.raises(CheckpointError, match="have another size than the weights they are of"):
+        open_deepspeed(tmp_path)
+
+
+def test_stage_3_without_its_optimizer_has_no_weights(tmp_path):
+    save_stage_3(tmp_path, {"a": torch.randn(40, 3), "b": torch.randn(5), "c": torch.randn(7)})
+    for path in (tmp_path / STEP).glob("*_optim_states.pt"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="ZeRO 3 keeps the weights in zero_pp_rank_"):
+        open_deepspeed(tmp_path)
+
+
+def test_experts_are_refused(tmp_path):
+    save_stage_2(tmp_path, {"a": torch.randn(4, 3), "b": torch.randn(5)})
+    save(tmp_path / STEP / "layer_0_expert_3_mp_rank_00_model_states.pt", {})
+    with pytest.raises(CheckpointError, match="experts of DeepSpeed are not read"):
+        open_deepspeed(tmp_path)
 
 
 def test_a_missing_part_is_noticed(tmp_path):

@@ -12,13 +12,14 @@ CHECKPOINT/
 
 Where float32 weights are there they are read, else what the model computed with. With ZeRO 1 and 2 the
 ranks' parts of a group of parameters, one after the other, are these parameters flattened; with ZeRO 3
-every parameter is cut over the ranks, the last part filled up.
+every parameter is cut over the ranks, the last part filled up. Buffers, and what ZeRO 1 did not train, are
+among the module's own tensors; frozen parameters of ZeRO 3 are cut too, in the files of model states.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def open_deepspeed(folder: Path) -> DeepSpeedModel:
         CheckpointError: files are missing or damaged, or hold a model that we do not compute.
     """
     step = _step_folder(folder)
+    if experts := sorted(step.glob("*expert_*_states.pt")) + sorted(step.glob("expp_rank_*_states.pt")):
+        raise CheckpointError(f"{experts[0]}: experts of DeepSpeed are not read.")
     states = {rank: read_torch_file(path) for rank, path in _first_files(step).items()}
     if not states:
         raise CheckpointError(f"{step}: no mp_rank_*_model_states.pt: no weights of DeepSpeed.")
@@ -124,9 +127,39 @@ def _natural(path: Path) -> list[int]:
 def _tensors(step: Path, rank: int, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of one tensor rank by name."""
     parts = sorted(step.glob(f"*zero_pp_rank_*_mp_rank_{rank:02d}_optim_states.pt"), key=_natural)
-    if parts and state.get("param_shapes"):
-        return dict(_float32(parts, state))
-    return dict(_named(state.get("module") or {}))
+    module = dict(_named(state.get("module") or {}))
+    if not (parts and state.get("param_shapes")):
+        if module and not any(tensor.numel() for tensor in module.values()):
+            raise CheckpointError(
+                f"{step}: ZeRO 3 keeps the weights in zero_pp_rank_*_optim_states.pt, and there are none."
+            )
+        return module
+    found = dict(_float32(parts, state))
+    found |= _frozen(step, rank, state)
+    # With ZeRO 3 the module's parameters are empty; its buffers are always whole.
+    rest = {name: tensor for name, tensor in module.items() if tensor.numel() and name not in found}
+    for name, source in dict(state.get("shared_params") or {}).items():
+        if (source := source.removeprefix("module.")) in found:
+            rest[name.removeprefix("module.")] = found[source]
+    return found | rest
+
+
+def _frozen(step: Path, rank: int, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What was not trained: whole, or with ZeRO 3 cut over the data ranks as the others are."""
+    shapes = state.get("frozen_param_shapes") or {}
+    if not shapes:
+        return {}
+    files = sorted(step.glob(f"zero_pp_rank_*_mp_rank_{rank:02d}_model_states.pt"), key=_natural)
+    ranks = [read_torch_file(path) for path in files] or [state]
+    parts = [dict(_named(one.get("frozen_param_fragments") or {})) for one in ranks]
+    found = {}
+    for name, shape in shapes.items():
+        name = name.removeprefix("module.")
+        whole = join([part[name].flatten() for part in parts if name in part])
+        if whole.numel() < shape.numel():
+            raise CheckpointError(f"{step}: the files of model states hold only a part of {name}.")
+        found[name] = whole[: shape.numel()].view(shape)
+    return found
 
 
 def _named(module: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -149,34 +182,50 @@ def _float32(parts: list[Path], state: Mapping[str, Any]) -> Iterator[tuple[str,
             f"{parts[0].parent}: the optimizer was saved by {expected} data ranks and there are files of "
             f"{len(saved)}."
         )
+    where = str(parts[0].parent)
     if "fp32_flat_groups" in saved[0]:
         ranks = [join([as_lazy(part.flatten()) for part in one["fp32_flat_groups"]]) for one in saved]
-        yield from _of_stage_3(ranks, {name: shape for group in groups for name, shape in group.items()})
-    else:
-        for number, group in enumerate(groups):
-            flat = join([as_lazy(one["single_partition_of_fp32_groups"][number]) for one in saved])
-            yield from _of_stage_2(flat, group, str(parts[0].parent))
-    frozen = state.get("frozen_param_fragments") or {}
-    yield from _named({name: part for name, part in frozen.items() if part.numel()})
+        merged = {name: shape for group in groups for name, shape in group.items()}
+        yield from _of_stage_3(ranks, merged, where)
+        return
+    gaps = saved[0].get("param_alignment_paddings") or [[0] * len(group) for group in groups]
+    for number, group in enumerate(groups):
+        flat = join([as_lazy(one["single_partition_of_fp32_groups"][number]) for one in saved])
+        # The whole is filled up to a multiple of twice the ranks.
+        if not 0 <= flat.numel() - _size(group, gaps[number]) < 2 * len(saved):
+            raise _of_another_size(where)
+        yield from _of_stage_2(flat, group, gaps[number])
 
 
-def _of_stage_2(flat: Tensor, group: Mapping[str, Any], where: str) -> Iterator[tuple[str, Tensor]]:
+def _of_another_size(where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: the optimizer's parts have another size than the weights they are of."
+    )
+
+
+def _size(group: Mapping[str, Any], gaps: Iterable[int]) -> int:
+    return int(sum(shape.numel() for shape in group.values()) + sum(gaps))
+
+
+def _of_stage_2(flat: Tensor, group: Mapping[str, Any], gaps: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters one after the other; ``gaps`` follow them where each begins at an aligned address."""
     begin = 0
-    for name, shape in group.items():
+    for (name, shape), gap in zip(group.items(), gaps, strict=True):
         size = shape.numel()
-        if begin + size > flat.numel():
-            raise CheckpointError(f"{where}: the optimizer's parts end before {name}.")
         yield name.removeprefix("module."), flat[begin : begin + size].view(shape)
-        begin += size
+        begin += size + gap
 
 
-def _of_stage_3(ranks: list[Tensor], shapes: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _of_stage_3(ranks: list[Tensor], shapes: Mapping[str, Any], where: str) -> Iterator[tuple[str, Tensor]]:
+    sizes = {name: -(-shape.numel() // len(ranks)) for name, shape in shapes.items()}
+    if {rank.numel() for rank in ranks} != {sum(sizes.values())}:
+        raise _of_another_size(where)
     begin = 0
     for name, shape in shapes.items():
-        size = -(-shape.numel() // len(ranks))
-        whole = join([rank[begin : begin + size] for rank in ranks])
+        end = begin + sizes[name]
+        whole = join([rank[begin:end] for rank in ranks])
         yield name.removeprefix("module."), whole[: shape.numel()].view(shape)
-        begin += size
+        begin = end
 
 
 def _pipeline_layers(step: Path) -> dict[int, dict[str, Tensor]]:
