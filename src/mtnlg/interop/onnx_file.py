@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mtnlg.config import CheckpointError, ConfigError, MegatronModelConfig
 from mtnlg.config.progress import Progress, no_progress
 from mtnlg.model import MegatronLmDecoder, NoInitialization
+from mtnlg.model.attention import Attention
 from mtnlg.model.attention_scores import ScoredAttention, scores_of_layer
 from mtnlg.tokens import Tokenizer
 
@@ -121,21 +122,21 @@ def _model(
     """The decoder with its weights, whose attention asks nothing of the sizes it is given."""
     with torch.device("meta"), NoInitialization():
         model = MegatronLmDecoder(config)
-    tied = {_HEAD} if config.tie_word_embeddings else set()
+    names = set(model.state_dict()) - ({_HEAD} if config.tie_word_embeddings else set())
     weights: dict[str, Tensor] = {}
     done = 0
-    for name in model.state_dict().keys() - tied:
-        found = dict(stream([name]))
-        if name not in found:
-            raise CheckpointError(f"weights are missing: {name}.")
-        weights[name] = found[name].to(dtype)
-        done += found[name].numel()
+    for name, tensor in stream(frozenset(names)):
+        weights[name] = tensor.to(dtype)
+        done += tensor.numel()
         progress("reading", done, config.num_parameters, "parameters")
+    if missing := sorted(names - weights.keys()):
+        raise CheckpointError(f"weights are missing: {', '.join(missing[:8])}.")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     for index, layer in model.layers.items():
         own = scores_of_layer(config, int(index)) or ScoredAttention()
-        layer.attention.attention_function = _MaskedAttention(own.window, own.slopes, own.softcap)
+        attention = cast(Attention, layer.attention)
+        attention.attention_function = _MaskedAttention(own.window, own.slopes, own.softcap)
     return model.eval().requires_grad_(False)
 
 
