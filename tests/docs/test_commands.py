@@ -148,7 +148,8 @@ def test_the_examples_in_the_help_work(verb, place, monkeypatch):
             cli.verb_parser(verb).read(words[2:])  # tests/tokens and the pages run them
         else:
             if "runs/demo-lora" in words:  # left by a run of another verb's
-                Trial(monkeypatch).run("mtnlg tune runs/demo chats.jsonl --method lora --out runs/demo-lora")
+                before = "mtnlg tune runs/demo chats.jsonl --method lora --out runs/demo-lora"
+                Trial(monkeypatch).run(before)
             Trial(monkeypatch).run(line)
 
 
