@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -120,3 +121,16 @@ def test_memory_in_large_pages_is_given_out_once_and_outlives_its_arena() -> Non
     del pages
     for number, (tensor, shape) in enumerate(zip(given, shapes, strict=True)):
         assert tensor.shape == shape and tensor.data_ptr() % 64 == 0 and bool((tensor == number).all())
+
+
+def test_a_program_may_end_while_matrices_are_moved() -> None:
+    program = (
+        "import time, torch\n"
+        "from mtnlg.generation import huge_pages\n"
+        "huge_pages.QUIET_SECONDS = 0.05\n"
+        "for matrix in [torch.zeros(2**20) for _ in range(8)]:\n"
+        "    huge_pages.LATER.add(matrix, matrix.data_ptr(), matrix.nbytes)\n"
+        "time.sleep(0.06)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr

@@ -133,5 +133,7 @@ def test_what_cannot_be_read_is_named(tmp_path, what):
 def test_biases_that_are_all_zero_may_be_there(tmp_path):
     """GPTQ's first programs gave every matrix one."""
     packed_folder(tmp_path, GPTQ, **UNTIED)
+    ids = torch.arange(9)[None]
+    without = MegatronLmModel.from_pretrained(tmp_path)(ids).logits
     changed(tmp_path, **{f"{Q}bias": BIAS})
-    MegatronLmModel.from_pretrained(tmp_path)
+    assert torch.equal(MegatronLmModel.from_pretrained(tmp_path)(ids).logits, without)

@@ -6,6 +6,7 @@ every 4 KiB and its prefetching stops there; Linux gives pages of 2 MiB to those
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import mmap
@@ -94,9 +95,10 @@ class _Mover:
     is complete: the process can hardly get other memory meanwhile."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[object, int, int]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[object, int, int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._is_ending = False
 
     def add(self, owner: object, address: int, num_bytes: int) -> None:
         """Ask for large pages soon; ``owner`` keeps the memory until then."""
@@ -105,17 +107,31 @@ class _Mover:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="mtnlg-large-pages", daemon=True)
                 self._thread.start()
+                # A thread that lets go of a tensor while the interpreter goes away takes the program down.
+                atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._is_ending = True
+        self._jobs.put(None)
+        if self._thread is not None:
+            self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            jobs = [self._jobs.get()]
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    jobs.append(self._jobs.get(timeout=QUIET_SECONDS))
-            while jobs:
+        while (jobs := self._next()) is not None:
+            while jobs and not self._is_ending:
                 _owner, address, num_bytes = jobs.pop(0)
                 use_huge_pages(address, num_bytes)
-            del _owner
+                del _owner
+
+    def _next(self) -> list[tuple[object, int, int]] | None:
+        """All jobs, once no more come; ``None`` at the program's end."""
+        jobs, job = [], self._jobs.get()
+        with contextlib.suppress(queue.Empty):
+            while job is not None:
+                jobs.append(job)
+                job = self._jobs.get(timeout=QUIET_SECONDS)
+            return None
+        return jobs
 
 
 LATER = _Mover()
