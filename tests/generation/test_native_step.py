@@ -53,6 +53,20 @@ def test_models_with_other_parts_take_their_steps_as_before(make_model: MakeMode
 
 
 @needs_kernel
+def test_a_long_text_beside_short_ones_takes_one_call(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(max_position_embeddings=1500, num_hidden_layers=2)
+    prompts, pages = make_prompts([1400, 3, 20]), [list(range(90)), [90], [91, 92]]
+    fast, plain = FastRunner(model, 93, compile="on"), PlainRunner(model, 93)
+    for runner in (fast, plain):
+        runner.run([Row(prompt[:-1], 0, own) for prompt, own in zip(prompts, pages)])
+    monkeypatch.setattr(fast, "_hidden", None)
+    rows = [Row(prompt[-1:], len(prompt) - 1, own) for prompt, own in zip(prompts, pages)]
+    assert_near(fast.run(rows), plain.run(rows))
+
+
+@needs_kernel
 def test_changed_weights_count_after_a_refresh(make_model: MakeModel) -> None:
     model = make_model()
     fast, row = FastRunner(model, 3, compile="on"), rows_of([[5]])

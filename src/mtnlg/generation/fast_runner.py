@@ -22,7 +22,7 @@ from mtnlg.generation.row_counts import filled_up
 from mtnlg.generation.runner import PAGE_SIZE, Row, with_own
 from mtnlg.generation.scored_attention import attend_scored
 from mtnlg.generation.stacked_updates import WholeBase
-from mtnlg.generation.step_plan import Piece, StepPlan, plan_step
+from mtnlg.generation.step_plan import Piece, StepPlan, plan_single_tokens, plan_step
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.model.adapters import adapter_set_aside
 from mtnlg.model.attention_scores import ScoredAttention
@@ -141,8 +141,8 @@ class FastRunner:
         step = self._native_step()
         if step is None:
             return None
-        plan = plan_step(rows, self.page_size, 1, self.is_invariant, self.device)
-        return step(plan) if len(plan.singles) == 1 else None
+        # However much their lengths differ: the kernel reads each row's own pages only.
+        return step(plan_single_tokens(rows, self.page_size, 1, self.device))
 
     def _native_step(self) -> NativeStep | None:
         if not self._native:

@@ -67,7 +67,6 @@ class PackedLinear:
     Args:
         weight: [out, in].
         bias: [out].
-        activations: functions by name.
         few: takes what is up to ``most`` rows, of the same matrix.
         most: see ``few``.
     """
@@ -76,7 +75,6 @@ class PackedLinear:
         self,
         weight: Tensor,
         bias: Tensor | None,
-        activations: Activations,
         few: FewRows | None = None,
         most: int = 0,
     ) -> None:
@@ -84,7 +82,7 @@ class PackedLinear:
         self._plain = torch.ops.mkldnn._linear_pointwise.default
         self._with_other = torch.ops.mkldnn._linear_pointwise.binary
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
-        self.bias, self.activations = bias, activations
+        self.bias = bias
         self.few, self._most = few, most
         self.num_bytes = weight.nbytes + (0 if few is None else few.num_bytes)
         place = torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight)
@@ -185,5 +183,5 @@ def make_linear(
     if can_pack(laid_out.device, dtype):
         most = most_rows(laid_out.device, dtype) if for_few_rows else 0
         few = FewRows(laid_out, bias) if most else None
-        return PackedLinear(laid_out, bias, activations, few, most)
+        return PackedLinear(laid_out, bias, few, most)
     return PlainLinear(laid_out, bias, activations, laid_out is not weights[0])

@@ -90,10 +90,8 @@ def plan_step(
         device: of the model.
     """
     counts = [len(row.ids) for row in rows]
-    if max(counts) == 1:
-        plan = _plan_of_single_tokens(rows, page_size, fewest, device)
-        if plan is not None:
-            return plan
+    if max(counts) == 1 and _are_alike(rows, page_size):
+        return plan_single_tokens(rows, page_size, fewest, device)
     is_single = [only_singles or count < FEWEST_OF_A_PIECE for count in counts]
     ids = np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows])
     positions = np.concatenate([np.arange(row.start, row.start + len(row.ids)) for row in rows])
@@ -132,18 +130,24 @@ def plan_step(
     )
 
 
-def _plan_of_single_tokens(
-    rows: Sequence[Row], page_size: int, fewest: int, device: torch.device
-) -> StepPlan | None:
-    """The usual step, laid out without detours: one token for each row, of similar lengths.
+def _are_alike(rows: Sequence[Row], page_size: int) -> bool:
+    """Whether so few pages would be read in vain that all rows should attend together."""
+    num_pages = [row.start // page_size + 1 for row in rows]
+    in_vain = max(num_pages) * len(rows) - sum(num_pages)
+    return in_vain <= SMALL_PAGES and len(rows) <= MOST_SINGLES
 
-    Returns:
-        ``None`` where lengths differ so much that the rows should not attend together.
+
+def plan_single_tokens(rows: Sequence[Row], page_size: int, fewest: int, device: torch.device) -> StepPlan:
+    """The usual step, laid out without detours: one token for each row, all in one group.
+
+    Args:
+        rows: with one id each.
+        page_size: see :func:`plan_step`.
+        fewest: likewise.
+        device: likewise.
     """
     num_pages = [row.start // page_size + 1 for row in rows]
     longest = max(num_pages)
-    if longest * len(rows) - sum(num_pages) > SMALL_PAGES or len(rows) > MOST_SINGLES:
-        return None
     filling = [0] * (filled_up(len(rows), fewest) - len(rows))
     starts = [row.start for row in rows]
     numbers = torch.tensor([[*(row.ids[0] for row in rows), *filling], [*starts, *filling]])
