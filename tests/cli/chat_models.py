@@ -113,3 +113,46 @@ class Terminal:
             if not data:
                 raise OSError("closed")
             self.seen += data.decode("utf-8", errors="replace")
+
+
+class Notebook:
+    """A screen that writes down what it is shown."""
+
+    def __init__(self):
+        self.lines, self.answers = [], []
+
+    def note(self, text):
+        self.lines.append(text)
+
+    def error(self, text):
+        self.lines.append(f"error: {text}")
+
+    def table(self, rows):
+        self.lines += [" ".join(row) for row in rows]
+
+    def message(self, name, text):
+        self.lines.append(f"{name}{text}")
+
+    def begin_answer(self, name):
+        self.answers.append("")
+
+    def piece(self, text):
+        self.answers[-1] += text
+
+    def end_answer(self, remark=""):
+        self.lines.append(remark)
+
+
+def make_session(folder):
+    """A chat with the model in ``folder``, shown in a :class:`Notebook`."""
+    from mtnlg.cli.chat_session import ChatSession
+    from mtnlg.generation import Engine, SamplingRules
+    from mtnlg.generation.dialogue import Dialogue, DialogueOptions
+    from mtnlg.generation.dialogue_format import choose_format
+
+    model = MegatronLmModel.from_pretrained(folder)
+    engine = Engine(model, model.tokenizer.decode)
+    options = DialogueOptions(SamplingRules(1.0, seed=1), max_new_tokens=6)
+    form = choose_format(model.tokenizer)
+    dialogue = Dialogue(engine, model.tokenizer, form, options=options)
+    return ChatSession(dialogue, model.tokenizer, Notebook())

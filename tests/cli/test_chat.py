@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import stat
 import subprocess
 import sys
 
 import pytest
-from tests.cli.chat_models import Terminal, save_model
+from tests.cli.chat_models import Terminal, make_session, save_model
 
 from mtnlg.cli import main as cli
 from mtnlg.tokens.chat_template import DEFAULT_CHAT_TEMPLATE
@@ -111,7 +110,7 @@ def test_a_dumb_terminal_gets_plain_lines_and_no_history_on_request(base, termin
     mine.expect(r"\. ")
     mine.expect("> ")
     mine.send("/show\n")
-    mine.expect("You: hello")
+    mine.expect("User: hello")
     mine.send("/set max_new_tokens 3900\n")
     mine.expect("is 3900\n> ")
     mine.send("more\n")
@@ -221,48 +220,9 @@ def test_the_chosen_persona_and_stop_strings_are_obeyed(base, capsys, monkeypatc
 # -- commands, without a terminal
 
 
-class Notebook:
-    """A screen that writes down what it is shown."""
-
-    def __init__(self):
-        self.lines, self.answers = [], []
-
-    def note(self, text):
-        self.lines.append(text)
-
-    def error(self, text):
-        self.lines.append(f"error: {text}")
-
-    def table(self, rows):
-        self.lines += [" ".join(row) for row in rows]
-
-    def message(self, name, text):
-        self.lines.append(f"{name}: {text}")
-
-    def begin_answer(self, name):
-        self.answers.append("")
-
-    def piece(self, text):
-        self.answers[-1] += text
-
-    def end_answer(self, remark=""):
-        self.lines.append(remark)
-
-
 @pytest.fixture
 def session(chat):
-    from mtnlg import MegatronLmModel
-    from mtnlg.cli.chat_session import ChatSession
-    from mtnlg.generation import Engine, SamplingRules
-    from mtnlg.generation.dialogue import Dialogue, DialogueOptions
-    from mtnlg.generation.dialogue_format import choose_format
-
-    model = MegatronLmModel.from_pretrained(chat)
-    engine = Engine(model, model.tokenizer.decode)
-    options = DialogueOptions(SamplingRules(1.0, seed=1), max_new_tokens=6)
-    form = choose_format(model.tokenizer)
-    dialogue = Dialogue(engine, model.tokenizer, form, options=options)
-    return ChatSession(dialogue, model.tokenizer, Notebook())
+    return make_session(chat)
 
 
 def last(session, text):
@@ -341,71 +301,98 @@ def test_completions(session):
     assert session.completions("/xyzzy x") == []
 
 
-# -- screen and keys
+def test_an_answer_goes_on_where_it_was_cut_off(session):
+    assert "no answer to go on with" in last(session, "/continue")
+    session.handle("hello")
+    first = session.dialogue.messages[-1]["content"]
+    shown = last(session, "/continue")
+    assert "cut off: /continue goes on" in shown
+    [question, answer] = session.dialogue.messages
+    assert question["content"] == "hello"
+    assert answer["content"] == first + session.screen.answers[-1]
+    assert session.dialogue.last_answer.usage.cached_tokens == 0  # shorter than a page
+    session.handle("/undo")
+    assert "no answer to go on with" in last(session, "/continue")
 
 
-def test_what_a_model_writes_cannot_command_the_terminal(capsys):
-    from mtnlg.cli.chat_screen import Screen, visible
+def test_a_question_reworded_goes_only_once_the_new_one_is_accepted(session):
+    session.handle("hello")
+    before = list(session.dialogue.messages)
+    assert "error" in last(session, "/edit " + "x" * 9000)
+    assert session.dialogue.messages == before
+    keys = iter([KeyboardInterrupt, EOFError])
 
-    Screen().piece("a\x1b[2Jb\x07\r\n\t你👩\u200d👧\x9b\u202e")
-    assert capsys.readouterr().out == "a␛[2Jb␇␍\n\t你👩\u200d👧\ufffd\ufffd"
-    assert visible("\x7f") == "␡"
+    class Reader:
+        can_edit = True
+
+        def read(self, draft=""):
+            drafts.append(draft)
+            raise next(keys)
+
+    drafts = []
+    session.can_edit = True
+    session.handle("/edit")
+    session.run(Reader())
+    assert drafts == ["hello", ""]
+    assert "(nothing was changed)" in session.screen.lines
+    assert session.dialogue.messages == before
 
 
-@pytest.mark.parametrize("no_color", ["", "1"])
-def test_colours_unless_they_are_not_wanted(monkeypatch, capsys, no_color):
-    from mtnlg.cli.chat_screen import RichScreen
+def test_a_file_goes_before_the_next_message_and_no_other(session, tmp_path):
+    file = tmp_path / "my notes.txt"
+    file.write_text("\ufeff你好\n\n", encoding="utf-8")
+    assert "name a text file" in last(session, "/read")
+    assert re.search(r"my notes.txt: \d+ tokens", last(session, f"/read {file}"))
+    session.handle("what is it?")
+    session.handle("and then?")
+    asked = [m["content"] for m in session.dialogue.messages if m["role"] == "user"]
+    assert asked == ["你好\n\nwhat is it?", "and then?"]
+    file.write_bytes(b"\xff\xd8")
+    assert "no text in UTF-8: invalid start byte at byte 0" in last(session, f"/read {file}")
+    file.write_text(" ")
+    assert "is empty" in last(session, f"/read {file}")
 
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("NO_COLOR", no_color)
-    screen = RichScreen()
-    screen.begin_answer("Model:")
-    screen.error("[bold]x")
-    screen.table([("[a]", "b")])
-    out = capsys.readouterr().out
-    assert "[bold]x" in out
-    assert "[a]" in out
-    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", out)) is not bool(no_color)
+
+def test_stop_strings_are_a_setting_and_near_names_are_proposed(session):
+    assert last(session, "/set stop") == "stop is none"
+    assert last(session, r"/set stop \n##") == r"stop is '\n##'"
+    assert session.dialogue.options.stop == ("\n##",)
+    assert last(session, "/set stop none") == "stop is none"
+    assert "did you mean temperature?" in last(session, "/set temp 1")
+    assert "did you mean max_new_tokens?" in last(session, "/set max_tokens 1")
+
+
+def test_names_that_other_programs_use(session):
+    assert last(session, "/?") == last(session, "/help")
+    assert last(session, "/help exit").startswith("/quit")
+    session.handle("/bye")
+    assert session.is_over
+
+
+def test_what_model_it_is(session):
+    session.about = "a model"
+    session.handle("hello")
+    text = last(session, "/info")
+    assert "a model" in text and "own chat template" in text
+    assert "2 messages" in text
+    assert "You: hello" in last(session, "/show")
+    session.handle("/persona poet-zh")
+    assert "客人：hello" in last(session, "/show")
 
 
 @pytest.mark.parametrize(
-    ("typed", "text"),
+    ("content", "message"),
     [
-        ("hello\r", "hello"),
-        ("a\x1b\rb\r", "a\nb"),
-        ("a\n", "a"),  # typed while an answer came
-        ("a\\\rb\r", "a\nb"),
-        ("\x1b[200~a\nb\n\x1b[201~\r", "a\nb\n"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"message": []}', 'there are no "messages"'),
+        ('{"messages": []}', "messages is empty"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
+        ("3", "must be a list"),
     ],
 )
-def test_keys(session, tmp_path, typed, text):
-    from prompt_toolkit.application import create_app_session
-    from prompt_toolkit.input import create_pipe_input
-    from prompt_toolkit.output import DummyOutput
-
-    from mtnlg.cli.chat_input import PromptReader
-
-    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        keys.send_text(typed)
-        assert PromptReader(session, tmp_path / "history").read() == text
-        keys.send_text("\x04")
-        with pytest.raises(EOFError):
-            PromptReader(session, tmp_path / "history").read()
-
-
-def test_a_history_that_cannot_be_kept_is_said(session, tmp_path, capsys):
-    from mtnlg.cli.chat_input import PromptReader
-
-    (tmp_path / "file").write_text("")
-    PromptReader(session, tmp_path / "file" / "history")
-    assert "what you type is not remembered: " in capsys.readouterr().err
-
-
-def test_where_the_history_is_kept(monkeypatch):
-    from mtnlg.cli.chat_files import history_file
-
-    monkeypatch.setenv("XDG_STATE_HOME", "/a")
-    assert str(history_file()) == os.path.join("/a", "mtnlg", "chat_history")
-    monkeypatch.delenv("XDG_STATE_HOME")
-    assert history_file().parts[-3:-2] == ("state",)
+def test_a_file_that_is_no_conversation_is_explained(session, tmp_path, content, message):
+    file = tmp_path / "saved.json"
+    file.write_text(content)
+    assert message in last(session, f"/load {file}")
+    file.write_text('\ufeff[{"role": "user", "content": "a"}]', encoding="utf-8")
+    assert last(session, f"/load {file}") == "You: a"

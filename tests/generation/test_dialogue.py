@@ -200,7 +200,7 @@ def test_nothing_to_answer_retry_or_undo_is_said():
     for action, message in (
         (dialogue.answer, "no question"),
         (dialogue.retry, "no answer to try again"),
-        (dialogue.undo, "nothing to take back"),
+        (dialogue.undo, "no question yet"),
     ):
         with pytest.raises(ConfigError, match=message):
             action()

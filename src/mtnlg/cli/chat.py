@@ -67,12 +67,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Talk until the person leaves, or answer what the pipe holds."""
+    from mtnlg.cli.ahead import begin_kernels
+
+    begin_kernels(arguments)  # before anything imports torch
+    from mtnlg.cli.chat_input import read_utf8
     from mtnlg.cli.chat_pipe import answer_pipe
+    from mtnlg.cli.chat_screen import write_what_fits
     from mtnlg.cli.chat_session import ChatSession
     from mtnlg.cli.models import open_model
     from mtnlg.generation import Engine
 
-    is_terminal = sys.stdin.isatty() and not arguments.json
+    read_utf8()
+    write_what_fits()
+    is_terminal = sys.stdin is not None and sys.stdin.isatty() and not arguments.json
     config, options = _engine_config(arguments), _options(arguments)
     earlier = _earlier(arguments.load)
     if is_terminal:
@@ -85,8 +92,9 @@ def run(arguments: Namespace) -> int:
         from mtnlg.cli.chat_input import make_reader
         from mtnlg.cli.chat_screen import make_screen
 
-        session = ChatSession(dialogue, tokenizer, make_screen(), arguments.stats)
-        _welcome(session, arguments.model, model)
+        about = f"{_about(arguments.model, model)}, {dialogue.max_length} positions."
+        session = ChatSession(dialogue, tokenizer, make_screen(), arguments.stats, about)
+        _welcome(session)
         session.run(make_reader(session, arguments.history))
         if arguments.save:
             session.save(arguments.save)
@@ -124,11 +132,14 @@ def _dialogue(
     return Dialogue(engine, tokenizer, form, arguments.system, options, earlier)
 
 
-def _welcome(session: Any, name: str, model: MegatronLmModel) -> None:
+def _about(name: str, model: MegatronLmModel) -> str:
     from mtnlg.cli.terminal import quantity
 
-    size = quantity(model.num_parameters, "parameters")
-    session.screen.note(f"{name}: {size}, {session.dialogue.max_length} positions.")
+    return f"{name}: {quantity(model.num_parameters, 'parameters')}"
+
+
+def _welcome(session: Any) -> None:
+    session.screen.note(session.about)
     session.screen.note(session.dialogue.form.explanation)
     session.screen.note(
         "Enter sends, Alt+Enter begins a new line, Ctrl-C stops an answer, /help shows the commands, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ class Command:
 
 
 def _help(session: ChatSession, rest: str) -> None:
-    names = [rest.removeprefix("/")] if rest else list(COMMANDS)
+    wanted = rest.removeprefix("/").lower()
+    names = [ALIASES.get(wanted, wanted)] if rest else list(COMMANDS)
     if rest and names[0] not in COMMANDS:
         raise ConfigError(f"there is no command /{names[0]}: /help shows them.")
     session.screen.table(
@@ -53,13 +55,21 @@ def _set(session: ChatSession, rest: str) -> None:
     name = name.replace("-", "_")
     values = settings_of(session)
     if not name:
-        session.screen.table([(key, str(value)) for key, value in values.items()])
+        session.screen.table([(key, _shown(value)) for key, value in values.items()])
         return
     if name not in values:
-        raise ConfigError(f"there is no setting {name!r}: choose one of {', '.join(values)}.")
+        near = [key for key in values if key.startswith(name)] or difflib.get_close_matches(name, values)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(values)}."
+        raise ConfigError(f"there is no setting {name!r}: {hint}")
     if text.strip():
         _change(session, name, _parsed(name, text.strip(), values[name]))
-    session.screen.note(f"{name} is {settings_of(session)[name]}")
+    session.screen.note(f"{name} is {_shown(settings_of(session)[name])}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(repr, value)) or "none"
+    return str(value)
 
 
 def settings_of(session: ChatSession) -> dict[str, Any]:
@@ -71,12 +81,15 @@ def settings_of(session: ChatSession) -> dict[str, Any]:
         if item.name != "logit_bias"
     }
     stats = "on" if session.shows_stats else "off"
-    return {**rules, "max_new_tokens": options.max_new_tokens, "policy": options.policy, "stats": stats}
+    own = {"max_new_tokens": options.max_new_tokens, "stop": options.stop, "policy": options.policy}
+    return {**rules, **own, "stats": stats}
 
 
 def _parsed(name: str, text: str, now: Any) -> Any:
     if isinstance(now, str):
         return text
+    if isinstance(now, tuple):  # the stop strings
+        return () if text.lower() == "none" else (text.replace("\\n", "\n"),)
     if name == "seed" and text.lower() in ("none", "null", "off"):
         return None
     kind = float if isinstance(now, float) else int
@@ -93,7 +106,7 @@ def _change(session: ChatSession, name: str, value: Any) -> None:
         if value not in ("on", "off"):
             raise ConfigError(f"stats is {value!r}: choose on or off.")
         session.shows_stats = value == "on"
-    elif name in ("max_new_tokens", "policy"):
+    elif name in ("max_new_tokens", "policy", "stop"):
         session.dialogue.options = dataclasses.replace(options, **{name: value})
     else:
         rules = dataclasses.replace(options.rules, **{name: value})
@@ -104,9 +117,8 @@ def _complete_set(session: ChatSession, rest: str) -> list[str]:
     name, space, _ = rest.partition(" ")
     if not space:
         return list(settings_of(session))
-    return {"policy": ["drop", "summarise", "refuse"], "stats": ["on", "off"], "seed": ["none"]}.get(
-        name, []
-    )
+    values = {"policy": ["drop", "summarise", "refuse"], "stats": ["on", "off"]}
+    return {**values, "seed": ["none"], "stop": ["none"]}.get(name, [])
 
 
 def _system(session: ChatSession, rest: str) -> None:
@@ -138,19 +150,34 @@ def _retry(session: ChatSession, _rest: str) -> None:
     session.show(session.dialogue.retry)
 
 
+def _continue(session: ChatSession, _rest: str) -> None:
+    session.show(session.dialogue.go_on, is_rest=True)
+
+
 def _undo(session: ChatSession, _rest: str) -> None:
     session.screen.note(f"taken back: {session.dialogue.undo()}")
 
 
 def _edit(session: ChatSession, rest: str) -> None:
     """Another wording of the last question: given here, or edited in the next line."""
-    if not rest and not session.can_edit:
-        raise ConfigError("this terminal cannot show the question again: write /edit and the new wording.")
-    question = session.dialogue.undo()
     if rest:
-        session.show(lambda: session.dialogue.ask(rest))
+        session.show(lambda: session.dialogue.reword(rest))
+    elif session.can_edit:
+        session.draft = session.dialogue.question
     else:
-        session.draft = question
+        raise ConfigError("this terminal cannot show the question again: write /edit and the new wording.")
+
+
+def _read(session: ChatSession, rest: str) -> None:
+    """A file's text goes before the next message."""
+    from mtnlg.cli.chat_files import read_text
+
+    if not rest:
+        raise ConfigError("name a text file: /read notes.txt")
+    text = read_text(rest)
+    session.texts_before.append(text.rstrip())
+    num_tokens = len(session.tokenizer.encode(text))
+    session.screen.note(f"{rest}: {num_tokens} tokens that go before your next message.")
 
 
 def _save(session: ChatSession, rest: str) -> None:
@@ -167,13 +194,20 @@ def _load(session: ChatSession, rest: str) -> None:
 
 
 def _show(session: ChatSession, _rest: str) -> None:
-    names = {"user": "You", "assistant": "Model", "system": "System"}
     for message in session.dialogue.messages:
-        session.screen.message(names.get(message["role"], message["role"]), str(message["content"]))
+        session.screen.message(session.name_of(message["role"]), str(message["content"]))
+
+
+def _info(session: ChatSession, _rest: str) -> None:
+    dialogue = session.dialogue
+    session.screen.note(session.about)
+    session.screen.note(dialogue.form.explanation)
+    session.screen.note(f"system: {dialogue.system or '(nothing)'}; {len(dialogue.messages)} messages.")
 
 
 def _clear(session: ChatSession, _rest: str) -> None:
     session.dialogue.clear()
+    session.texts_before.clear()
     session.screen.note("a new conversation begins.")
 
 
@@ -196,14 +230,18 @@ COMMANDS: dict[str, Command] = {
     "persona": Command(
         "[name|file]", "show the personas, or speak with one; - leaves it", _persona, _complete_persona
     ),
+    "continue": Command("", "let the last answer go on, where it was cut off or stopped", _continue),
     "retry": Command("", "another answer to the last question", _retry),
     "undo": Command("", "take the last question and its answer back", _undo),
     "edit": Command("[text]", "word the last question anew", _edit),
+    "read": Command("file", "put the text of a file before your next message", _read, _file),
     "show": Command("", "the conversation so far", _show),
     "save": Command("[file]", "save the conversation as JSON (conversation.json)", _save, _file),
     "load": Command("file", "go on with a saved conversation", _load, _file),
     "clear": Command("", "begin a new conversation; the system prompt stays", _clear),
     "stats": Command("", "how fast the last answer came", _stats),
-    "quit": Command("", "leave", _quit),
-    "exit": Command("", "leave", _quit),
+    "info": Command("", "which model this is, and how the conversation is written for it", _info),
+    "quit": Command("", "leave, as do /exit and /bye", _quit),
 }
+# as other programs call them
+ALIASES = {"?": "help", "exit": "quit", "bye": "quit", "q": "quit", "regen": "retry", "goon": "continue"}

@@ -19,8 +19,10 @@ def read_conversation(path: str) -> list[dict[str, Any]]:
 
     file = Path(path).expanduser()
     try:
-        return messages_in(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, UnicodeDecodeError) as error:
+        return messages_in(json.loads(file.read_text(encoding="utf-8-sig")))
+    except RecursionError as error:
+        raise ConfigError(f"{file} is no saved conversation: it is nested too deeply.") from error
+    except ValueError as error:
         raise ConfigError(f"{file} is no saved conversation: {error}") from error
 
 
@@ -30,9 +32,12 @@ def messages_in(content: Any) -> list[dict[str, Any]]:
     Raises:
         ConfigError: there are none, or one is wrong.
     """
+    from mtnlg.config import ConfigError
     from mtnlg.generation.messages import checked_messages
 
-    return checked_messages(content.get("messages", []) if isinstance(content, dict) else content)
+    if isinstance(content, dict) and "messages" not in content:
+        raise ConfigError('there are no "messages" in it.')
+    return checked_messages(content["messages"] if isinstance(content, dict) else content)
 
 
 def write_conversation(path: str, messages: Sequence[dict[str, Any]]) -> Path:
@@ -44,6 +49,24 @@ def write_conversation(path: str, messages: Sequence[dict[str, Any]]) -> Path:
     new.write_text(text + "\n", encoding="utf-8")
     new.replace(file)
     return file
+
+
+def read_text(path: str) -> str:
+    """The text of a file that the person names.
+
+    Raises:
+        ConfigError: it holds no text, or none in UTF-8.
+    """
+    from mtnlg.config import ConfigError
+
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is no text in UTF-8: {error.reason} at byte {error.start}.") from error
+    if not text.strip():
+        raise ConfigError(f"{file} is empty.")
+    return text
 
 
 def read_template(name_or_file: str | None) -> str | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mtnlg.cli.chat_files import history_file
 from mtnlg.cli.chat_screen import is_capable
+from mtnlg.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from mtnlg.cli.chat_session import ChatSession
@@ -36,6 +39,50 @@ class Reader(Protocol):
         """Whether ``default`` is shown to be edited."""
 
 
+def read_utf8() -> None:
+    """Let stdin be UTF-8 whatever the locale is; :func:`whole_text` finds bytes that are not."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+
+
+def whole_text(text: str) -> str:
+    """``text`` without the end of its last line.
+
+    Raises:
+        ConfigError: it came from bytes that are no UTF-8.
+    """
+    wrong = next((at for at, letter in enumerate(text) if "\udc80" <= letter <= "\udcff"), None)
+    if wrong is not None:
+        before = text[max(0, wrong - 20) : wrong].rpartition("\n")[2]
+        where = f"after {before!r}" if before else "at the beginning"
+        raise ConfigError(
+            f"the input is not UTF-8: byte 0x{ord(text[wrong]) - 0xDC00:02x} {where}. Convert it first, as "
+            "with iconv -f GB18030 -t UTF-8."
+        )
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+@contextmanager
+def keys_unseen() -> Iterator[None]:
+    """While this lasts, what is typed is not written into the answer; it waits for the next line."""
+    try:
+        import termios
+    except ImportError:  # not on this system
+        yield
+        return
+    try:
+        before = termios.tcgetattr(sys.stdin)
+    except (termios.error, OSError, ValueError, TypeError):  # no terminal
+        yield
+        return
+    unseen = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, unseen)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
 def make_reader(session: ChatSession, keep_history: bool = True) -> Reader:
     """The reader that fits the terminal."""
     if is_capable(sys.stdout):
@@ -57,10 +104,10 @@ class LineReader:
             line = sys.stdin.readline()
             if not line:
                 raise EOFError
-            text = line.removesuffix("\n")
+            text = line.removesuffix("\n").removesuffix("\r")
             lines.append(text.removesuffix("\\"))
             if not text.endswith("\\"):
-                return "\n".join(lines)
+                return whole_text("\n".join(lines))
 
 
 class PromptReader:
@@ -90,7 +137,7 @@ class PromptReader:
             auto_suggest=AutoSuggestFromHistory(),
             multiline=True,
             key_bindings=_keys(),
-            prompt_continuation=MORE,
+            prompt_continuation=_continuation,
             color_depth=ColorDepth.from_env(),  # NO_COLOR
             enable_open_in_editor=True,
         )
@@ -98,6 +145,11 @@ class PromptReader:
     def read(self, default: str = "") -> str:
         """See :class:`Reader`."""
         return str(self._prompt.prompt(PROMPT, default=default))
+
+
+def _continuation(_width: int, _line: int, num_wraps: int) -> str:
+    """What stands before a line that the person began; one that is only too long goes on without."""
+    return " " * len(MORE) if num_wraps else MORE
 
 
 def _history(file: Path | None) -> tuple[Any, str]:

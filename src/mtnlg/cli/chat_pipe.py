@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
+from mtnlg.cli.chat_input import whole_text
 from mtnlg.cli.chat_session import speed
 from mtnlg.cli.terminal import note
 
@@ -16,19 +17,24 @@ if TYPE_CHECKING:
     from mtnlg.generation.dialogue import Answer, Dialogue
 
 
-def answer_pipe(dialogue: Dialogue, stdin: TextIO, arguments: Namespace) -> int:
+def answer_pipe(dialogue: Dialogue, stdin: TextIO | None, arguments: Namespace) -> int:
     """Answer everything that stdin holds: one message, or one a line with ``--lines``.
 
     With ``--json`` the text may also be a conversation in OpenAI's form, which is gone on with.
 
     Raises:
-        ConfigError: there is nothing to answer.
+        ConfigError: there is nothing to answer, or a message cannot be answered.
     """
     from mtnlg.config import ConfigError
 
     num_answers = 0
-    for question in _questions(stdin, arguments.lines):
-        answer = _ask(dialogue, question, arguments.json)
+    for where, question in _questions(stdin, arguments.lines):
+        try:
+            answer = _ask(dialogue, whole_text(question), arguments.json)
+        except ConfigError as error:
+            if not where:
+                raise
+            raise ConfigError(f"{where}{error}") from error
         for notice in answer.notices:
             note(f"note: {notice}")
         if arguments.json:
@@ -47,11 +53,13 @@ def answer_pipe(dialogue: Dialogue, stdin: TextIO, arguments: Namespace) -> int:
     return 0
 
 
-def _questions(stdin: TextIO, by_lines: bool) -> Iterator[str]:
-    texts = stdin if by_lines else [stdin.read()]
-    for text in texts:
+def _questions(stdin: TextIO | None, by_lines: bool) -> Iterator[tuple[str, str]]:
+    """Each message, after where it stands."""
+    if stdin is None:  # closed by who started us
+        return
+    for number, text in enumerate(stdin if by_lines else [stdin.read()], 1):
         if text.strip():
-            yield text.removesuffix("\n")
+            yield (f"line {number}: " if by_lines else ""), text
 
 
 def _ask(dialogue: Dialogue, question: str, is_json: bool) -> Answer:

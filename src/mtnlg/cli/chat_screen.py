@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import IO, Any
 
 # What a model writes must not move the cursor or colour the screen: control characters become visible.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _VISIBLE |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 _VISIBLE |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)  # turn text around
+
+
+LEAST_MEANING = 24  # columns that a table's text needs beside the names
+
+
+def write_what_fits() -> None:
+    """Let stdout and stderr replace what their encoding (the locale's) has no letter for."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def make_screen() -> Screen:
@@ -47,7 +58,7 @@ class Screen:
 
     def message(self, name: str, text: str) -> None:
         """A message of the conversation so far."""
-        self.note(f"{name}: {text}")
+        self.note(f"{name}{text}")
 
     def begin_answer(self, name: str) -> None:
         """The model begins to speak."""
@@ -75,31 +86,39 @@ class RichScreen(Screen):
 
     def note(self, text: str) -> None:
         """See :class:`Screen`."""
-        self._console.print(visible(text), style="dim", markup=False, soft_wrap=True)
+        self._console.print(visible(text), style="dim", markup=False, overflow="fold")
 
     def error(self, text: str) -> None:
         """See :class:`Screen`."""
-        self._console.print(f"error: {visible(text)}", style="red", markup=False, soft_wrap=True)
+        self._console.print(f"error: {visible(text)}", style="red", markup=False, overflow="fold")
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
         """See :class:`Screen`."""
+        from rich.cells import cell_len
         from rich.table import Table
 
+        names = max((cell_len(name) for name, _ in rows), default=0)
+        texts = max((cell_len(text) for _, text in rows), default=0)
+        if names + 2 + min(texts, LEAST_MEANING) > self._console.width:
+            for name, text in rows:
+                self._console.print(visible(name), style="cyan", markup=False, overflow="fold")
+                self._console.print(visible(f"  {text}"), style="dim", markup=False, overflow="fold")
+            return
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column(style="cyan", no_wrap=True)
-        table.add_column(style="dim")
+        table.add_column(style="dim", overflow="fold")
         for name, text in rows:
             table.add_row(*map(_escaped, (name, text)))
         self._console.print(table)
 
     def message(self, name: str, text: str) -> None:
         """See :class:`Screen`."""
-        self._console.print(visible(f"{name}: "), style="bold cyan", end="", markup=False, soft_wrap=True)
+        self._console.print(visible(name), style="bold cyan", end="", markup=False, soft_wrap=True)
         self._console.print(visible(text), markup=False, soft_wrap=True)
 
     def begin_answer(self, name: str) -> None:
         """See :class:`Screen`."""
-        self._console.print(f"{visible(name)} ", style="bold green", end="", markup=False, soft_wrap=True)
+        self._console.print(visible(name), style="bold green", end="", markup=False, soft_wrap=True)
         self._console.file.flush()
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from mtnlg.cli.chat_commands import COMMANDS
+from mtnlg.cli.chat_commands import ALIASES, COMMANDS
+from mtnlg.cli.chat_input import keys_unseen
 from mtnlg.cli.main import describe
 from mtnlg.config.errors import ConfigError, MtnlgError
 
@@ -28,13 +29,20 @@ class ChatSession:
         tokenizer: of the model.
         screen: where things are shown.
         shows_stats: tokens per second after each answer.
+        about: which model it is.
     """
 
     def __init__(
-        self, dialogue: Dialogue, tokenizer: Tokenizer, screen: Screen, shows_stats: bool = False
+        self,
+        dialogue: Dialogue,
+        tokenizer: Tokenizer,
+        screen: Screen,
+        shows_stats: bool = False,
+        about: str = "",
     ) -> None:
         self.dialogue, self.tokenizer, self.screen = dialogue, tokenizer, screen
-        self.shows_stats = shows_stats
+        self.shows_stats, self.about = shows_stats, about
+        self.texts_before: list[str] = []  # files that go before the next message
         self.is_over = False
         self.can_edit = False  # whether a draft is shown to be edited
         self.draft = ""  # what the next line begins with, after /edit
@@ -47,32 +55,43 @@ class ChatSession:
             try:
                 text = reader.read(draft)
             except KeyboardInterrupt:
-                self.screen.note("(Ctrl-D or /quit leaves)")
+                self.screen.note("(nothing was changed)" if draft else "(Ctrl-D or /quit leaves)")
                 continue
             except EOFError:
                 return
-            self.handle(text)
+            except ConfigError as error:
+                self.screen.error(describe(error))
+                continue
+            self.handle(text, is_reworded=bool(draft))
 
-    def handle(self, text: str) -> None:
-        """Do what a line asks for; what goes wrong is shown, and the chat goes on."""
+    def handle(self, text: str, is_reworded: bool = False) -> None:
+        """Do what a line asks for; what goes wrong is shown, and the chat goes on.
+
+        Args:
+            text: the line.
+            is_reworded: it takes the place of the last question.
+        """
         try:
             if text.startswith("/") and not text.startswith("//"):
                 self._command(text)
             elif text.strip():
-                self.show(lambda: self.dialogue.ask(text[1:] if text.startswith("//") else text))
+                said = "\n\n".join([*self.texts_before, text[1:] if text.startswith("//") else text])
+                ask = self.dialogue.reword if is_reworded else self.dialogue.ask
+                self.show(lambda: ask(said))
         except (MtnlgError, OSError) as error:
             self.screen.error(describe(error))
         except KeyboardInterrupt:
             self.screen.note("[stopped]")
 
-    def show(self, ask: Callable[[], Answer]) -> None:
-        """Stream an answer; Ctrl-C stops it and nothing else."""
-        with _CtrlC() as ctrl_c:
+    def show(self, ask: Callable[[], Answer], is_rest: bool = False) -> None:
+        """Stream an answer, or the rest of one; Ctrl-C stops it and nothing else."""
+        with _CtrlC() as ctrl_c, keys_unseen():
             answer = ask()
+            self.texts_before.clear()
             ctrl_c.call(answer.cancel)
             for notice in answer.notices:
                 self.screen.note(f"({notice})")
-            self.screen.begin_answer(self._name())
+            self.screen.begin_answer(self.name_of("assistant") + ("… " if is_rest else ""))
             for piece in answer:
                 self.screen.piece(piece)
             self.screen.end_answer(self._remark(answer))
@@ -100,26 +119,29 @@ class ChatSession:
 
     def _command(self, text: str) -> None:
         name, _, rest = text[1:].partition(" ")
-        command = COMMANDS.get(name.lower())
+        name = ALIASES.get(name.lower(), name.lower())
+        command = COMMANDS.get(name)
         if command is None:
             near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
             hint = f"did you mean /{near[0]}?" if near else "/help shows them."
             raise ConfigError(f"there is no command /{name}: {hint} (A message may begin with //.)")
         command.run(self, rest.strip())
 
-    def _name(self) -> str:
+    def name_of(self, role: str) -> str:
+        """What stands before the lines of somebody: of the persona, where there is one."""
         from mtnlg.generation.dialogue_format import PersonaFormat
 
         form = self.dialogue.form
-        if isinstance(form, PersonaFormat):
+        if isinstance(form, PersonaFormat) and role in ("user", "assistant"):
             persona = form.persona(self.dialogue.messages)
-            return f"{persona.name}{persona.colon}"
-        return "Model:"
+            name = persona.name if role == "assistant" else persona.user
+            return f"{name}{persona.colon}{persona.space}"
+        return {"user": "You: ", "assistant": "Model: ", "system": "System: "}.get(role, f"{role}: ")
 
     def _remark(self, answer: Answer) -> str:
         remarks = {
             "cancelled": "stopped",
-            "length": "cut off: /set max_new_tokens allows more",
+            "length": "cut off: /continue goes on, /set max_new_tokens allows more",
             "deadline": "out of time",
         }
         parts = [remarks.get(answer.finish_reason or "", "")]

@@ -59,11 +59,15 @@ class Answer:
         dialogue: which gets the finished message.
         prompt: what was asked.
         generation: the engine's work on it.
+        beginning: what was there of it before; ``None`` of an answer that begins now.
     """
 
-    def __init__(self, dialogue: Dialogue, prompt: Prompt, generation: Generation) -> None:
+    def __init__(
+        self, dialogue: Dialogue, prompt: Prompt, generation: Generation, beginning: str | None = None
+    ) -> None:
         self._dialogue, self._prompt, self._generation = dialogue, prompt, generation
-        self._is_begun = False
+        self._beginning = beginning
+        self._is_begun = bool(beginning)
         self.notices = list(prompt.notices)
 
     def __iter__(self) -> Iterator[str]:
@@ -90,7 +94,7 @@ class Answer:
     @property
     def text(self) -> str:
         """The message's content, as far as it has come."""
-        return self._dialogue.form.content_of(self._generation.text)
+        return self._dialogue.form.content_of((self._beginning or "") + self._generation.text)
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -193,17 +197,43 @@ class Dialogue:
             raise ConfigError("there is no answer to try again: ask something first.")
         return self._answer(messages)
 
+    def go_on(self) -> Answer:
+        """More of the last answer, which was cut off or stopped; the whole of it stays one message.
+
+        Raises:
+            ConfigError: the last message is no answer, there is no room left, or the model cannot
+                (encoder-decoders begin every answer anew).
+        """
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise ConfigError("there is no answer to go on with: ask something first.")
+        return self._answer(self.messages, is_open=True)
+
+    def reword(self, text: str) -> Answer:
+        """Ask the last question in other words; it and its answer go once the new words are accepted.
+
+        Raises:
+            ConfigError: nothing was asked yet, or as for :meth:`ask`.
+        """
+        message = checked_messages([{"role": "user", "content": text}])
+        return self._answer([*self.messages[: self._last_question()], *message])
+
+    @property
+    def question(self) -> str:
+        """The last question.
+
+        Raises:
+            ConfigError: nothing was asked yet.
+        """
+        return str(self.messages[self._last_question()]["content"])
+
     def undo(self) -> str:
         """Take back the last question and its answer; returns the question.
 
         Raises:
             ConfigError: nothing was asked yet.
         """
-        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
-        if not asked:
-            raise ConfigError("there is nothing to take back: ask something first.")
-        text = str(self.messages[asked[-1]]["content"])
-        del self.messages[asked[-1] :]
+        text = self.question
+        del self.messages[self._last_question() :]
         return text
 
     # -- messages
@@ -249,11 +279,17 @@ class Dialogue:
 
     # -- inside
 
+    def _last_question(self) -> int:
+        asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        if not asked:
+            raise ConfigError("there is no question yet: ask something first.")
+        return asked[-1]
+
     def _new_window(self) -> DialogueWindow:
         ids = DialogueIds(self._tokenizer, self.form)
         return DialogueWindow(self.form, ids, self.max_length)
 
-    def _answer(self, messages: list[dict[str, Any]]) -> Answer:
+    def _answer(self, messages: list[dict[str, Any]], is_open: bool = False) -> Answer:
         if isinstance(self._chosen_form, PersonaFormat) and self.form is self._chosen_form:
             self.form = self._chosen_form.fixed(messages)
             self._window = self._new_window()
@@ -265,6 +301,7 @@ class Dialogue:
             self._summarise,
             options.tools,
             options.variables,
+            is_open,
         )
         rules = options.rules
         request = self._request(prompt.ids, rules, options.max_new_tokens)
@@ -273,7 +310,8 @@ class Dialogue:
         generation = self._engine.submit(request)
         self._num_answers += 1
         self.messages = list(messages)
-        return Answer(self, prompt, generation)
+        beginning = str(messages[-1]["content"]) if is_open else None
+        return Answer(self, prompt, generation, beginning)
 
     def _request(self, ids: list[int], rules: SamplingRules, max_new_tokens: int) -> GenerationRequest:
         return GenerationRequest(
@@ -294,5 +332,7 @@ class Dialogue:
     def _finish(self, answer: Answer) -> None:
         """File an answer that has come to its end."""
         self._window.ids.remember(answer._prompt.segments, answer.new_ids)
+        if answer._beginning is not None:
+            self.messages.pop()
         self.messages.append({"role": "assistant", "content": answer.text})
         self.last_answer = answer

@@ -67,6 +67,7 @@ class DialogueWindow:
         summarise: Summarise,
         tools: Tools | None = None,
         variables: Mapping[str, Any] | None = None,
+        is_open: bool = False,
     ) -> Prompt:
         """The prompt for the next answer.
 
@@ -77,8 +78,8 @@ class DialogueWindow:
             max_new_tokens: longest answer.
             policy: one of ``POLICIES``.
             summarise: generates from a prompt so many tokens of text.
-            tools: see ``DialogueOptions``.
-            variables: likewise.
+            tools, variables: see ``DialogueOptions``.
+            is_open: the last message is the beginning of the answer.
 
         Raises:
             ConfigError: the last turn alone does not fit, or the policy is to refuse.
@@ -93,20 +94,21 @@ class DialogueWindow:
         def write(start: int) -> int:
             nonlocal written
             shown = [message for turn in turns[start:] for message in turn]
-            pieces = self._form.pieces([*self._head(head), *shown], tools, **(variables or {}))
+            pieces = self._form.pieces([*self._head(head), *shown], tools, is_open, **(variables or {}))
             written = self.ids.encode(pieces)
             return len(ids_of(written))
 
-        length, target = write(before), room
-        while length > target and self._start < len(turns) - 1:
-            if policy == "refuse" and self._start >= len(examples):
+        length = write(before)
+        if length > room:
+            last = len(turns) - 1 if policy != "refuse" else min(len(examples), len(turns) - 1)
+            target = room - room // _FREE_AFTER_DROPPING
+            self._start = _first(before, last, lambda start: write(start) <= target)
+            length = write(self._start)
+            if policy == "refuse" and length > room and self._start < len(turns) - 1:
                 raise ConfigError(
                     f"the conversation has {length} tokens and the model {self._max_length} positions: "
                     "begin a new one, or choose the policy drop or summarise."
                 )
-            self._start += 1
-            target = room - room // _FREE_AFTER_DROPPING
-            length = write(self._start)
         if policy == "summarise" and (lost := turns[max(before, len(examples)) : self._start]):
             self._summarise(head, lost, summarise)
             length = write(self._start)
@@ -130,16 +132,21 @@ class DialogueWindow:
     ) -> None:
         """Put the lost turns into the summary, as many at a time as fit; one too long is dropped."""
         num_tokens = min(_MOST_SUMMARY_TOKENS, self._max_length // 8)
+        room = self._max_length - num_tokens
         rest = list(lost)
         while rest:
-            count = len(rest)
-            ids = self._summary_prompt(head, rest)
-            while len(ids) + num_tokens > self._max_length and count > 1:
-                count -= 1
-                ids = self._summary_prompt(head, rest[:count])
-            if len(ids) + num_tokens <= self._max_length:
+            count = self._num_read_at_once(head, rest, room)
+            ids = self._summary_prompt(head, rest[:count])
+            if len(ids) <= room:
                 self._summary = summarise(ids, num_tokens)
             rest = rest[count:]
+
+    def _num_read_at_once(self, head: list[dict[str, Any]], turns: list[list[Message]], room: int) -> int:
+        """The most turns, from the first on, whose summary fits into ``room`` tokens; at least one."""
+        count = len(turns)
+        return count - _first(
+            -1, count - 1, lambda left: len(self._summary_prompt(head, turns[: count - left])) <= room
+        )
 
     def _summary_prompt(self, head: list[dict[str, Any]], turns: list[list[Message]]) -> list[int]:
         shown = [message for turn in turns for message in turn]
@@ -156,6 +163,18 @@ class DialogueWindow:
             f"{turns} of the conversation {'is' if num_lost == 1 else 'are'} {what}: the model has "
             f"{self._max_length} positions."
         ]
+
+
+def _first(before: int, last: int, fits: Callable[[int], bool]) -> int:
+    """The first number after ``before`` that fits, else the last: whatever comes after one that does, does.
+
+    Found in a few steps: a conversation may have thousands of turns, and each try writes all of them.
+    """
+    low, high = before + 1, max(before, last)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
 
 
 def turns_of(messages: list[dict[str, Any]]) -> list[list[Message]]:
