@@ -132,7 +132,10 @@ def may_take(constraint, state, token, content):
     return True
 
 
-@pytest.mark.parametrize("value", ["wujue", "qijue:xinyun:heads=山高水长", "3,3:rhyme=1,2:bare", "qilv"])
+@pytest.mark.parametrize(
+    "value",
+    ["wujue", "qijue:xinyun:heads=山高水长", "3,3:rhyme=1,2:bare", "qilv", "1,2,1,1:rhyme=1,2,3,4:xinyun"],
+)
 def test_the_mask_is_what_trying_each_token_says(tokenizer, value):
     constraint = compile_verse(tokenizer, value)
     contents = token_bytes(tokenizer.definition)

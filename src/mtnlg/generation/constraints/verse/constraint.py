@@ -6,7 +6,6 @@ from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtnlg.config.errors import MtnlgError
@@ -52,10 +51,7 @@ class VerseState:
             for token in self._constraint.end_ids:
                 bitmask[token // 32] |= _signed(1 << token % 32)
             return
-        mask = self._constraint.masks.mask(self._place, self._pending)
-        if not mask.any():
-            raise MtnlgError("the tokenizer has no token that this verse could go on with.")
-        bitmask.copy_(torch.from_numpy(mask))
+        bitmask.numpy()[:] = self._constraint.masks.mask(self._place, self._pending)
 
     def accept(self, token: int) -> None:
         """Go on by a token that the mask allowed.

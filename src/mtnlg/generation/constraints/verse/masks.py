@@ -1,24 +1,52 @@
-"""Which tokens of a vocabulary may go on with a poem, found for all of them at once."""
+"""Which tokens of a vocabulary may go on with a poem, as packed bits.
+
+Making a mask by looking at every token takes half a millisecond, and hardly two poems come by the same
+rhymes. But most of a mask does not depend on them: only tokens with a letter at a rhyming place do. So a
+mask is put together of parts (``walk.py``), made once for each place of a form, and of the rhymes to keep.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from mtnlg.generation.constraints.verse.rules import MARK_TONE, Path, Place, VerseRules
+from mtnlg.config.errors import MtnlgError
+from mtnlg.generation.constraints.verse.rules import Path, Place, VerseRules
 from mtnlg.generation.constraints.verse.tokens import Ints, TokenTable, VerseTokens, beginnings
+from mtnlg.generation.constraints.verse.walk import Part, Walk
 
-MOST_KEPT_MASKS = 1024
+MOST_KEPT = 1024  # of each sort; 6 KiB each for 50,257 tokens
 Bools = npt.NDArray[np.bool_]
-Bits = npt.NDArray[np.uint8]
-Rhymes = npt.NDArray[np.uint32]
+Value = TypeVar("Value")
+
+
+class Kept(Generic[Value]):
+    """What was made lately.
+
+    Args:
+        most: so many are kept; then those made first are forgotten.
+    """
+
+    def __init__(self, most: int = MOST_KEPT) -> None:
+        self._most = most
+        self._values: OrderedDict[Hashable, Value] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """The value of this key, made if it is not there."""
+        found = self._values.get(key)
+        if found is None:
+            found = self._values[key] = make()
+            if len(self._values) > self._most:
+                self._values.popitem(last=False)
+        return found
 
 
 class VerseMasks:
-    """Masks of one form and one vocabulary; those that come again are kept.
+    """Masks of one form and one vocabulary.
 
     Args:
         rules: the form.
@@ -27,155 +55,120 @@ class VerseMasks:
 
     def __init__(self, rules: VerseRules, tokens: VerseTokens) -> None:
         self.rules, self.tokens = rules, tokens
-        self._kept: OrderedDict[object, Ints] = OrderedDict()
-        self._tones: dict[bytes, Bits] = {}
+        self._num_words = -(-tokens.vocab_size // 32)
+        self._masks: Kept[Ints] = Kept()
+        self._parts: Kept[Part] = Kept()
+        self._rhymes: Kept[Ints] = Kept()
+        self._beginnings: Kept[Bools] = Kept()
+        self._numbers: dict[Hashable, int] = {}  # of what different places look like
+        self._views: dict[tuple[int, int], int] = {}  # of scheme and slot
+        self._tones: dict[bytes, npt.NDArray[np.uint8]] = {}
+        self._num_parts = 0
 
     def mask(self, place: Place, pending: bytes) -> Ints:
-        """int32 [ceil(vocab / 32)]: the tokens that may come next, as packed bits."""
-        key = (pending, place.slot, tuple(self._what_matters(path, place.slot) for path in place.paths))
-        found = self._kept.get(key)
-        if found is None:
-            found = self._kept[key] = self._make(place, pending)
-            if len(self._kept) > MOST_KEPT_MASKS:
-                self._kept.popitem(last=False)
-        return found
+        """The tokens that may come next.
 
-    def _what_matters(self, path: Path, slot: int) -> Path:
-        """The path without its rhyme, where no token reaches as far as the next one."""
-        near = self.rules.slots[slot : slot + self.tokens.most_letters + 1]
-        if any(self.rules.is_rhyme(path.scheme, slot) for slot in near):
-            return path
-        return path._replace(rhymes=0, used=())
+        Returns:
+            int32 [ceil(vocab / 32)] of packed bits, not to be changed.
 
-    def _make(self, place: Place, pending: bytes) -> Ints:
+        Raises:
+            MtnlgError: there is none.
+        """
+        parts = [self._part(place.slot, path, pending) for path in place.paths]
+        key = tuple(
+            (part.number, path.rhymes, path.used) if part.is_rhyming else part.number
+            for part, path in zip(parts, place.paths)
+        )
+        return self._masks.get(key, lambda: self._joined(place, parts))
+
+    def _joined(self, place: Place, parts: list[Part]) -> Ints:
+        words = np.zeros(self._num_words, np.int32)
+        for path, part in zip(place.paths, parts):
+            words |= self._with_rhymes(place.slot, path, part) if part.is_rhyming else part.free
+        if not words.any():
+            raise MtnlgError("the tokenizer has no token that this verse could go on with.")
+        return words
+
+    # -- parts
+
+    def _part(self, slot: int, path: Path, pending: bytes) -> Part:
+        key = (pending, self._view(path.scheme, slot), path.fits)
+        return self._parts.get(key, lambda: self._make_part(slot, path, pending))
+
+    def _view(self, scheme: int, slot: int) -> int:
+        """A number for what a scheme asks for from a slot on, as far as a token can reach."""
+        view = self._views.get((scheme, slot))
+        if view is None:
+            looks = self.rules.view(scheme, slot, 2 * self.tokens.most_letters + 2)
+            view = self._views[scheme, slot] = self._numbers.setdefault(looks, len(self._numbers))
+        return view
+
+    def _make_part(self, slot: int, path: Path, pending: bytes) -> Part:
         table = self.tokens.table(pending)
         tones = self._tones.get(pending)
         if tones is None:
             tones = self._tones[pending] = self.rules.tones[table.letters]
-        allowed = np.zeros(len(table.tokens), bool)
-        for path in place.paths if table.num_lettered else ():
-            _Walk(self.rules, table, tones, path, allowed).go(place.slot)
-        if table.counts.size and table.counts[-1] == 0:  # tokens of a tail alone
-            rows = np.flatnonzero(table.counts == 0)
-            allowed[rows] = _may_begin(self.rules, table, rows, place)
-        bits = np.zeros(-(-self.tokens.vocab_size // 32) * 32, bool)
-        bits[table.tokens[allowed]] = True
-        return np.packbits(bits, bitorder="little").view(np.int32)
+        self._num_parts += 1
+        walk = Walk(self.rules, table, tones, path.scheme, self.begun)
+        return walk.go(slot, path.fits, self._num_words, self._num_parts)
+
+    def begun(self, slot: int, path: Path) -> Bools:
+        """bool [beginnings]: which of them begin a letter that may come next."""
+        key = (self._view(path.scheme, slot), *path[1:])
+        return self._beginnings.get(
+            key, lambda: beginnings().of(self.rules.letters_after(Place(slot, (path,))))
+        )
+
+    # -- rhymes
+
+    def _with_rhymes(self, slot: int, path: Path, part: Part) -> Ints:
+        words = self._rhyming(path, part) | part.free
+        for tail in part.tails:
+            begun = self.begun(slot + tail.offset, path._replace(fits=tail.fits))
+            set_bits(words, tail.tokens[begun[tail.numbers]])
+        if len(part.hard):
+            fitting = [self._fits(Place(slot, (path,)), part.table, row) for row in part.hard.tolist()]
+            set_bits(words, part.table.tokens[part.hard[fitting]])
+        return words
+
+    def _rhyming(self, path: Path, part: Part) -> Ints:
+        """The tokens whose one rhyming letter keeps the rhyme and did not rhyme before."""
+        shared = path.rhymes & part.rhymes
+        words = np.zeros(self._num_words, np.int32)
+        for rhyme in range(shared.bit_length()):
+            if shared >> rhyme & 1:
+                words |= self._of_rhyme(part, rhyme)
+        for letter in path.used:
+            first, last = part.letters.searchsorted([letter, letter + 1])
+            for token in part.tokens[first:last].tolist():
+                words[token >> 5] &= ~np.uint32(1 << (token & 31)).view(np.int32)
+        return words
+
+    def _of_rhyme(self, part: Part, rhyme: int) -> Ints:
+        def make() -> Ints:
+            kept = (self.rules.rhymes[part.letters] >> np.uint32(rhyme) & 1) > 0
+            return packed(part.tokens[kept], self._num_words)
+
+        return self._rhymes.get((part.number, rhyme), make)
+
+    def _fits(self, place: Place, table: TokenTable, row: int) -> bool:
+        """Whether one token can be taken, letter by letter."""
+        found: Place | None = place
+        for letter in table.letters[row, : table.counts[row]].tolist():
+            found = None if found is None else self.rules.step(found, letter)
+        tail = table.tails[row]
+        if found is None or not tail:
+            return found is not None
+        return bool(self.begun(found.slot, found.paths[0])[table.tail_numbers[tail]])
 
 
-class _Walk:
-    """All tokens of a table, taken letter by letter along one path.
-
-    Args:
-        rules: the form.
-        table: the tokens.
-        tones: uint8 [rows, most letters] of their letters.
-        path: where the poem stands.
-        allowed: bool [rows], set where a token can be taken.
-    """
-
-    def __init__(
-        self, rules: VerseRules, table: TokenTable, tones: Bits, path: Path, allowed: Bools
-    ) -> None:
-        self.rules, self.table, self.tones, self.path, self.allowed = rules, table, tones, path, allowed
-
-    def go(self, slot: int) -> None:
-        """Take every token that has a letter, from this slot on.
-
-        Most tokens fall at their first letter, so that one is looked at in whole columns.
-        """
-        firsts = self.tones[: self.table.num_lettered, 0]
-        at = self.rules.slots[slot]
-        if at.marks:
-            taken = firsts >= MARK_TONE
-            if at.may_skip:
-                taken |= self._fitting(slot + 1)[firsts]
-        else:
-            taken = self._fitting(slot)[firsts]
-        rows = np.flatnonzero(taken)
-        self._take(_Rows(rows, np.full(len(rows), self.path.fits, np.uint8)), 0, slot)
-
-    def _fitting(self, slot: int) -> Bools:
-        """bool [tones]: which tones the path's patterns take at a letter's slot."""
-        return (self.rules.fits[self.path.scheme][slot] & np.uint8(self.path.fits)) > 0
-
-    def _take(self, taken: _Rows, column: int, slot: int) -> None:
-        """Take the letter in ``column`` of these rows at a slot of the poem."""
-        if not len(taken.rows) or slot == self.rules.end:
-            return
-        at, scheme = self.rules.slots[slot], self.path.scheme
-        if at.marks:
-            is_mark = (self.rules.marks[self.table.letters[taken.rows, column]] & at.marks) > 0
-            if at.may_skip:
-                self._take(taken.where(~is_mark), column, slot + 1)
-            self._next(taken.where(is_mark), column + 1, slot + 1)
-            return
-        taken.fits = taken.fits & self.rules.fits[scheme][slot][self.tones[taken.rows, column]]
-        taken = taken.where(taken.fits > 0)
-        if at.place == 0 and self.rules.heads:
-            letters = self.table.letters[taken.rows, column]
-            taken = taken.where(letters == self.rules.heads[at.line])
-        if self.rules.is_rhyme(scheme, at):
-            taken = self._rhyming(taken, self.table.letters[taken.rows, column])
-        if at.ends_line:
-            taken.fits = np.full(len(taken.rows), self.rules.all_patterns(scheme, at.line + 1), np.uint8)
-        self._next(taken, column + 1, slot + 1)
-
-    def _rhyming(self, taken: _Rows, letters: Ints) -> _Rows:
-        shared = np.uint32(self.path.rhymes) if taken.rhymes is None else taken.rhymes
-        rhymes = self.rules.rhymes[letters] & shared
-        kept = rhymes > 0
-        for used in self.path.used:
-            kept &= letters != used
-        if taken.own is not None:
-            kept &= letters != taken.own
-        return _Rows(taken.rows[kept], taken.fits[kept], rhymes[kept], letters[kept])
-
-    def _next(self, taken: _Rows, column: int, slot: int) -> None:
-        """File the tokens that are used up; go on with the others."""
-        done = self.table.counts[taken.rows] == column
-        ended = taken.where(done)
-        tails = self.table.tails[ended.rows]
-        self.allowed[ended.rows[tails == 0]] = True
-        for i in np.flatnonzero(tails):
-            self._try_tail(ended, i, slot)
-        if len(ended.rows) < len(taken.rows):
-            self._take(taken.where(~done), column, slot)
-
-    def _try_tail(self, ended: _Rows, i: np.intp, slot: int) -> None:
-        row, path = ended.rows[i], self.path
-        if self.allowed[row]:
-            return
-        if ended.rhymes is not None and ended.own is not None:
-            path = path._replace(rhymes=int(ended.rhymes[i]), used=(*path.used, int(ended.own[i])))
-        place = Place(slot, (path._replace(fits=int(ended.fits[i])),))
-        self.allowed[row] = bool(_may_begin(self.rules, self.table, np.array([row]), place)[0])
+def packed(tokens: Ints, num_words: int) -> Ints:
+    """int32 [num_words]: bits of these tokens."""
+    bits = np.zeros(num_words * 32, bool)
+    bits[tokens] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-@dataclass
-class _Rows:
-    """Tokens that are being taken letter by letter.
-
-    Args:
-        rows: which of the table.
-        fits: of each, the patterns of its present line that it still fits.
-        rhymes: of each, the rhymes that are left; ``None`` while they are the path's.
-        own: of each, the letter of its own that rhymed last; ``None`` while it has none.
-    """
-
-    rows: npt.NDArray[np.intp]
-    fits: Bits
-    rhymes: Rhymes | None = None
-    own: Ints | None = None
-
-    def where(self, kept: Bools) -> _Rows:
-        """Some of them."""
-        rhymes = None if self.rhymes is None else self.rhymes[kept]
-        own = None if self.own is None else self.own[kept]
-        return _Rows(self.rows[kept], self.fits[kept], rhymes, own)
-
-
-def _may_begin(rules: VerseRules, table: TokenTable, rows: npt.NDArray[np.intp], place: Place) -> Bools:
-    """Which of the rows' tails begin a letter that may come next."""
-    begun = beginnings().of(rules.letters_after(place))
-    return begun[table.tail_numbers[table.tails[rows]]]
+def set_bits(words: Ints, tokens: Ints) -> None:
+    """Set the bits of a few tokens."""
+    np.bitwise_or.at(words.view(np.uint32), tokens >> 5, np.uint32(1) << (tokens & 31).astype(np.uint32))

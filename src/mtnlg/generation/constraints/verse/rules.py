@@ -7,6 +7,7 @@ of the present line it still fits, and which rhymes.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from mtnlg.generation.constraints.verse.rhymes import (
 )
 
 MARK_TONE = 4  # a mark has no tone and fits no pattern, not even *
+ALL_RHYMES = (1 << 32) - 1
+NONE = np.zeros(0, np.int32)
 _TONES = {"P": LEVEL, "Z": OBLIQUE, "*": LEVEL | OBLIQUE}
 
 
@@ -92,6 +95,10 @@ class VerseRules:
         self.schemes = _with_heads(form, self.tones)
         most = max((sum(scheme.rhyming) for scheme in self.schemes), default=0)
         self.rhymes = _rich_enough(book.level_rhymes if form.regulated else book.rhymes, spellable, most)
+        self._of_rhyme = {
+            1 << rhyme: np.flatnonzero((self.rhymes >> np.uint32(rhyme) & 1) * spellable).astype(np.int32)
+            for rhyme in range(len(book.names))
+        }
         self.heads = [-1 if not form.heads else alphabet().number[letter] for letter in form.heads]
         # [schemes][slots, tones]: which patterns of the line take a letter of these tones at this slot.
         self.fits = [self._fits(scheme) for scheme in self.schemes]
@@ -108,8 +115,7 @@ class VerseRules:
         return table
 
     def _begin(self) -> Place:
-        all_rhymes = (1 << 32) - 1
-        paths = [Path(i, self.all_patterns(i, 0), all_rhymes) for i in range(len(self.schemes))]
+        paths = [Path(i, self.all_patterns(i, 0), ALL_RHYMES) for i in range(len(self.schemes))]
         place: Place | None = Place(0, tuple(paths))
         for number, letter in enumerate(self.form.begin):
             assert place is not None
@@ -132,6 +138,20 @@ class VerseRules:
     def is_rhyme(self, scheme: int, slot: Slot) -> bool:
         """Whether the letter there rhymes."""
         return slot.ends_line and self.schemes[scheme].rhyming[slot.line]
+
+    def view(self, scheme: int, slot: int, length: int) -> Hashable:
+        """What a scheme asks for from a slot on, as far as so many slots show: the same is the same."""
+        return tuple(
+            (
+                at.marks,
+                at.may_skip,
+                self.fits[scheme][number].tobytes(),
+                self.is_rhyme(scheme, at),
+                self.all_patterns(scheme, at.line + 1) if at.ends_line else 0,
+                self.heads[at.line] if self.heads and not at.marks and at.place == 0 else None,
+            )
+            for number, at in enumerate(self.slots[slot : slot + length], start=slot)
+        )
 
     def step(self, place: Place, letter: int) -> Place | None:
         """Go on by one letter or mark; ``None`` if the form does not allow it."""
@@ -162,29 +182,34 @@ class VerseRules:
             fits = self.all_patterns(path.scheme, slot.line + 1)
         return path._replace(fits=fits)
 
-    def letters_after(self, place: Place) -> npt.NDArray[np.bool_]:
-        """bool [letters]: which may come next, of those the tokenizer can write."""
-        found = np.zeros(len(self.marks), bool)
-        number = place.slot
-        while number < self.end and self.slots[number].marks:
-            found |= (self.marks & self.slots[number].marks) > 0
-            if not self.slots[number].may_skip:
-                return found & self.spellable
-            number += 1
-        if number < self.end:
+    def letters_after(self, place: Place) -> npt.NDArray[np.int32]:
+        """int32: the numbers of those that may come next, of those the tokenizer can write."""
+        found = [NONE]
+        for number in range(place.slot, self.end):
             slot = self.slots[number]
-            for path in place.paths:
-                fitting = (self.fits[path.scheme][number][self.tones] & path.fits) > 0
-                if self.is_rhyme(path.scheme, slot):
-                    fitting &= (self.rhymes & np.uint32(path.rhymes)) > 0
-                    fitting[list(path.used)] = False
-                found |= fitting
-            if slot.place == 0 and self.heads:
-                head = self.heads[slot.line]
-                is_allowed = found[head]
-                found &= self.marks > 0
-                found[head] = is_allowed
-        return found & self.spellable
+            if not slot.marks:
+                found += [self._letters_of(path, number) for path in place.paths]
+                break
+            found.append(np.flatnonzero(self.marks & slot.marks * self.spellable).astype(np.int32))
+            if not slot.may_skip:
+                break
+        return np.concatenate(found)
+
+    def _letters_of(self, path: Path, number: int) -> npt.NDArray[np.int32]:
+        """The letters that one path takes at a letter's slot."""
+        slot = self.slots[number]
+        fitting = (self.fits[path.scheme][number] & path.fits) > 0
+        if self.is_rhyme(path.scheme, slot):
+            some = [letters for bit, letters in self._of_rhyme.items() if path.rhymes & bit]
+            letters = np.concatenate([NONE, *some])
+            letters = letters[fitting[self.tones[letters]]]
+            for used in path.used:
+                letters = letters[letters != used]
+        else:
+            letters = np.flatnonzero(fitting[self.tones] & self.spellable).astype(np.int32)
+        if slot.place == 0 and self.heads:
+            letters = letters[letters == self.heads[slot.line]]
+        return letters
 
 
 def _slots(form: VerseForm) -> tuple[Slot, ...]:

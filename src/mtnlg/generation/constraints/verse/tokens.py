@@ -197,23 +197,20 @@ def _piece(content: bytes) -> Piece | None:
 class Beginnings:
     """The beginnings of letters that are no whole letters.
 
-    Letters that begin alike stand beside each other in the alphabet, and the longer ones at its end.
-
     Args:
         numbers: of each; none at all is 0.
-        runs: for beginnings of one, two and three bytes: the first letter that is longer, where the
-            letters that begin alike start after it, and the numbers of those beginnings.
+        of_letters: int32 [3, letters]: the numbers of each letter's first byte, first two, first three;
+            0 where it has no more bytes.
     """
 
     numbers: dict[bytes, int]
-    runs: tuple[tuple[int, Ints, Ints], ...]
+    of_letters: Ints
 
-    def of(self, letters: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    def of(self, letters: Ints) -> npt.NDArray[np.bool_]:
         """bool [beginnings]: which of them begin one of these letters."""
         found = np.zeros(len(self.numbers), bool)
-        for first, starts, numbers in self.runs:
-            if len(starts):
-                found[numbers] = np.logical_or.reduceat(letters[first:], starts)
+        found[self.of_letters[:, letters]] = True
+        found[0] = False
         return found
 
 
@@ -221,16 +218,13 @@ class Beginnings:
 def beginnings() -> Beginnings:
     """Those of the alphabet."""
     numbers: dict[bytes, int] = {b"": 0}
-    runs = []
-    encoded = [letter.encode() for letter in alphabet().letters]
+    of_letters = np.zeros((3, len(alphabet().letters)), np.int32)
     for length in (1, 2, 3):
-        first = sum(len(content) <= length for content in encoded)
-        starts: dict[bytes, int] = {}
-        for i, content in enumerate(encoded[first:]):
-            starts.setdefault(content[:length], i)
-        found = [numbers.setdefault(beginning, len(numbers)) for beginning in starts]
-        runs.append((first, np.array(list(starts.values()), np.int32), np.array(found, np.int32)))
-    return Beginnings(numbers, tuple(runs))
+        for i, letter in enumerate(alphabet().letters):
+            content = letter.encode()
+            if len(content) > length:
+                of_letters[length - 1, i] = numbers.setdefault(content[:length], len(numbers))
+    return Beginnings(numbers, of_letters)
 
 
 def _could_begin(part: bytes) -> bool:
