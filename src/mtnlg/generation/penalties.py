@@ -10,16 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mtnlg.generation.constraint import empty_bitmask, rule_out
+
 if TYPE_CHECKING:
     from mtnlg.generation.sampler import SamplingState
 
 LARGEST = torch.finfo(torch.float32).max
-# float32 [256, 8]: for each byte of a mask, 0 where its bits are set and -inf where not.
-MASK_OF_OCTET = np.where(
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") > 0,
-    np.float32(0.0),
-    np.float32("-inf"),
-)
 
 
 def edit_scores(scores: Tensor, states: Sequence[SamplingState]) -> bool:
@@ -101,21 +97,12 @@ def _ban(flat: Tensor, rows: Rows, vocab: int) -> bool:
 
 
 def _mask(scores: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
-    vocab = scores.shape[-1]
-    words = torch.zeros((len(rows), -(-vocab // 32)), dtype=torch.int32)
-    for place, row in enumerate(rows):
+    bitmask = empty_bitmask(len(rows), scores.shape[-1])
+    for words, row in zip(bitmask, rows):
         constraint = states[row].constraint
         assert constraint is not None
-        constraint.fill_mask(words[place])
-    octets = words.numpy().view(np.uint8)  # little-endian words: bit 0 is in the first byte
-    if scores.device.type == "cpu":  # a sum with zeros and -inf takes a ninth of masked_fill_'s time
-        for place, row in enumerate(rows):
-            scores[row] += torch.from_numpy(MASK_OF_OCTET.take(octets[place], axis=0).reshape(-1)[:vocab])
-        return
-    bits = np.unpackbits(octets, axis=-1, count=vocab, bitorder="little")
-    forbidden = _on(scores, np.equal(bits, 0))
-    for place, row in enumerate(rows):
-        scores[row].masked_fill_(forbidden[place], float("-inf"))
+        constraint.fill_mask(words)
+    rule_out(scores, rows, bitmask)
 
 
 def _on(like: Tensor, array: npt.NDArray[np.generic]) -> Tensor:
