@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mtnlg"
 # From the bottom to the top; a folder imports only from itself and from those before it.
-LOWER = "config corpus tokens model quantization parallel interop generation training"
+LOWER = "native config corpus tokens model quantization parallel interop generation training"
 UPPER = "tuning planning explain evaluation serving pretrained encoder_decoder api cli"
 ORDER = f"{LOWER} {UPPER}".split()
 MOST_FILE_LINES = 400

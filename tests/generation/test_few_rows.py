@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.generation.test_fast_runner import FAMILIES, MakeModel, assert_near, make_prompts, rows_of
 
-from mtnlg.generation import few_rows, native
+from mtnlg.generation import few_rows
 from mtnlg.generation.fast_runner import FastRunner
 from mtnlg.generation.few_rows import FewRows, most_rows
 from mtnlg.generation.huge_pages import ARENA, LargePages, use_huge_pages
@@ -57,7 +57,7 @@ def test_where_there_is_no_kernel_other_products_are_used(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernel = few_rows.KERNEL
-    monkeypatch.setattr(native, "processor", lambda: "another")
+    monkeypatch.setattr("mtnlg.native.compiler.processor", lambda: "another")
     lost = NativeKernel(kernel.file, kernel.function, kernel.arguments, kernel.needed)
     monkeypatch.setattr(few_rows, "KERNEL", lost)
     with caplog.at_level("INFO"):

@@ -130,7 +130,7 @@ def test_what_no_kernel_is_made_for():
 
 def lost_kernel(monkeypatch, kernel=KERNEL):
     """A kernel on a machine that cannot have it."""
-    monkeypatch.setattr(native, "processor", lambda: "another")
+    monkeypatch.setattr("mtnlg.native.compiler.processor", lambda: "another")
     lost = native.NativeKernel(kernel.file, kernel.function, kernel.arguments, kernel.needed)
     assert lost.load() is None
     return lost

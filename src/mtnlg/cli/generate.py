@@ -88,6 +88,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Write the prompt's continuations, the first one piece by piece as it comes."""
+    from mtnlg.cli.ahead import begin_kernels
     from mtnlg.cli.engine_options import engine_config
     from mtnlg.cli.models import open_model
     from mtnlg.config import ConfigError
@@ -96,6 +97,7 @@ def run(arguments: Namespace) -> int:
         raise ConfigError(f"--samples is {arguments.samples}: it must be at least 1.")
     if arguments.logprobs is not None and not arguments.json:
         raise ConfigError(f"--logprobs is {arguments.logprobs}: it needs --json.")
+    begin_kernels(arguments)
     config, options = engine_config(arguments), _options(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     prompt = prompt.removesuffix("\n") if arguments.prompt == "-" else prompt

@@ -75,23 +75,25 @@ def _add_limits(add: Callable[..., object]) -> None:
 
 def run(arguments: Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
+    from mtnlg.cli.ahead import begin_kernels
     from mtnlg.config import ConfigError
+    from mtnlg.serving.logs import logging_to
     from mtnlg.serving.port import listen
 
     config = server_config(arguments)
     # The port first: that it is taken is then said before anything heavy is imported. But where several
     # ranks run this very command, only the first may take it.
     listener = None if _may_have_ranks(arguments) else listen(config)
-    open_backend = _opener(arguments, config)
-    listener = listener or listen(config)
-    try:
-        from mtnlg.serving.lifecycle import serve
-        from mtnlg.serving.logs import logging_to
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("mtnlg"):
-            raise
-        raise ConfigError(f"serving needs {error.name}: pip install 'mtnlg[serve]'") from error
     with logging_to(log_format=config.log_format):
+        begin_kernels(arguments)
+        open_backend = _opener(arguments, config)
+        listener = listener or listen(config)
+        try:
+            from mtnlg.serving.lifecycle import serve
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("mtnlg"):
+                raise
+            raise ConfigError(f"serving needs {error.name}: pip install 'mtnlg[serve]'") from error
         serve(config, open_backend, listener)
     return 0
 

@@ -6,24 +6,17 @@ same by other means.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import shutil
 import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mtnlg.native import NoCompilerError, library
+
 FOLDER = Path(__file__).parent / "kernels"
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
-COMPILING_SECONDS = 300
 logger = logging.getLogger(__name__)
 
 
@@ -59,62 +52,36 @@ class NativeKernel:
                 try:
                     self._loaded.append(self._open())
                 except (OSError, subprocess.SubprocessError) as error:
-                    logger.info("%s is not compiled: %s", self.file, error)
+                    _explain(self.file, error)
                     self._loaded.append(None)
             return self._loaded[0]
 
     def _open(self) -> Any:
         import torch  # noqa: F401 - its OpenMP threads, which the library then shares
 
-        function = getattr(ctypes.CDLL(str(self._library())), self.function)
+        path = library(FOLDER / self.file, self.needed)
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # cut short when the machine went down, or removed a moment ago
+            path.unlink(missing_ok=True)
+            loaded = ctypes.CDLL(str(library(FOLDER / self.file, self.needed)))
+        function = getattr(loaded, self.function)
         function.argtypes, function.restype = list(self.arguments), None
         return function
 
-    def _library(self) -> Path:
-        """The compiled file, from the cache or new.
 
-        Raises:
-            OSError: this machine cannot have it; the message says why.
-            subprocess.SubprocessError: the compiler failed.
-        """
-        features = processor()
-        lacking = [name for name in self.needed if name not in features.split()]
-        if lacking:
-            raise OSError(f"the processor does not say that it has {', '.join(lacking)}")
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-        if compiler is None:
-            raise OSError("there is no C++ compiler (g++ or clang++)")
-        source = b"".join(path.read_bytes() for path in [FOLDER / self.file, *sorted(FOLDER.glob("*.h"))])
-        made_by = f"{features}{compiler}{FLAGS}{platform.libc_ver()}"
-        key = hashlib.sha256(source + made_by.encode()).hexdigest()
-        target = cache_folder() / f"{Path(self.file).stem}-{key[:16]}.so"
-        if not target.is_file():
-            _compile(compiler, FOLDER / self.file, target)
-        return target
+_explained: set[type] = set()
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(handle)
-    try:
-        command = [compiler, *FLAGS, "-o", name, str(source)]
-        subprocess.run(command, check=True, capture_output=True, timeout=COMPILING_SECONDS)
-        os.replace(name, target)  # two processes may do this at once: each file is whole
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``mtnlg`` in the user's cache (``XDG_CACHE_HOME``)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mtnlg"
-
-
-def processor() -> str:
-    """The processor's name and its instructions, as Linux tells them; empty elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return ""
-    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    wanted = {line.partition(":")[0].strip(): line.partition(":")[2] for line in lines}
-    return f"{wanted.get('model name', '')} {wanted.get('flags', '')}"
+def _explain(file: str, error: Exception) -> None:
+    """Log why there is no kernel; once for all of them where somebody can do something about it."""
+    can_be_cured = isinstance(error, (NoCompilerError, subprocess.SubprocessError))
+    if not can_be_cured or type(error) in _explained:
+        logger.info("%s is not compiled: %s", file, error)
+        return
+    _explained.add(type(error))
+    logger.warning(
+        "fast kernels for CPUs are left out, and answers take longer: %s. Install g++ "
+        "(apt-get install g++, dnf install gcc-c++), or say --compile off to do without.",
+        error,
+    )

@@ -68,7 +68,7 @@ def _is_odd(value: object) -> bool:
 def logging_to(stream: TextIO | None = None, log_format: str = "auto") -> Iterator[None]:
     """Write lines to ``stream`` (stderr) from a thread, so that a slow reader of them stops nobody.
 
-    uvicorn's own warnings and errors come along; its lines for each request do not.
+    Warnings and errors of the engine and of uvicorn come along; uvicorn's lines for each request do not.
     """
     stream = stream or sys.stderr
     is_text = log_format == "text" or (log_format == "auto" and stream.isatty())
@@ -77,7 +77,8 @@ def logging_to(stream: TextIO | None = None, log_format: str = "auto") -> Iterat
     lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     listener = logging.handlers.QueueListener(lines, handler)
     sender = _PlainQueueHandler(lines)
-    loggers = [(LOGGER, logging.INFO), (logging.getLogger("uvicorn.error"), logging.WARNING)]
+    beside = [logging.getLogger(name) for name in ("mtnlg.generation", "mtnlg.native", "uvicorn.error")]
+    loggers = [(LOGGER, logging.INFO), *((logger, logging.WARNING) for logger in beside)]
     before = [(logger, logger.level, logger.propagate) for logger, _ in loggers]
     for logger, level in loggers:
         logger.addHandler(sender)

@@ -1,0 +1,62 @@
+"""What can begin before torch is imported: compiling the kernels that a model will need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mtnlg
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jsonargparse import Namespace
+
+KERNELS = Path(mtnlg.__file__).parent / "generation" / "kernels"
+# What the processor must have for each; the kernels say the same where they are used.
+ATTENTION = {"paged_attention.cpp": ()}
+FEW_ROWS = {"few_rows.cpp": ("avx512f",), "step.cpp": ("avx512f",)}
+INTEGERS = {"integer_product.cpp": ("avx512_vnni",)}
+CODES = {"float_product.cpp": ("avx512f", "avx512bw", "avx512vl")}
+WORTH_BEGINNING = 10_000_000  # bytes of weights; for smaller models nothing is compiled
+GPU = Path("/dev/nvidiactl")
+
+
+def begin_kernels(arguments: Namespace) -> None:
+    """Begin to compile, on a machine that never did; a few milliseconds where everything is there.
+
+    Args:
+        arguments: of a verb that generates: ``model``, ``device`` and the engine's.
+    """
+    is_on_cpu = arguments.device == "cpu" or (arguments.device is None and not GPU.exists())
+    if not is_on_cpu or arguments.compile == "off" or not _is_large(Path(arguments.model)):
+        return
+    from mtnlg.native import begin
+
+    wanted: dict[str, tuple[str, ...]] = dict(_codes(Path(arguments.model)))
+    if not arguments.deterministic:
+        wanted |= {**FEW_ROWS} if not wanted else {"few_rows.cpp": FEW_ROWS["few_rows.cpp"]}
+    for file, needed in (wanted | ATTENTION).items():
+        begin(KERNELS / file, needed)
+
+
+def _is_large(model: Path) -> bool:
+    """Whether files are there that hold millions of weights."""
+    num_bytes = 0
+    for path in [model, *(model.rglob("*") if model.is_dir() else ())]:
+        num_bytes += path.stat().st_size if path.is_file() else 0
+        if num_bytes >= WORTH_BEGINNING:
+            return True
+    return False
+
+
+def _codes(folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Kernels of quantized layers, where a folder says that it holds such."""
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        said = saved.get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # no such folder, or one that is complained about later
+    if isinstance(said, dict):
+        yield from (INTEGERS if said.get("activations") == "int8" else CODES).items()

@@ -1,0 +1,5 @@
+"""C++ sources of ours as libraries: compiled once for a machine, in the background, and kept in a cache."""
+
+from mtnlg.native.compiler import NoCompilerError, begin, library
+
+__all__ = ["NoCompilerError", "begin", "library"]

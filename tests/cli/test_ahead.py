@@ -1,0 +1,82 @@
+"""What a verb begins before it imports torch."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from mtnlg import native
+from mtnlg.cli import ahead
+from mtnlg.generation import few_rows, integer_kernel, native_attention, native_step
+
+ALL = ahead.ATTENTION | ahead.FEW_ROWS | ahead.INTEGERS | ahead.CODES
+USUAL = {"paged_attention.cpp", "few_rows.cpp", "step.cpp"}
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Names of the sources that were begun."""
+    found = []
+    monkeypatch.setattr(native, "begin", lambda source, needed: found.append(source.name))
+    monkeypatch.setattr(ahead, "GPU", ahead.KERNELS / "no such device")
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "weights").mkdir()
+    with open(tmp_path / "weights" / "model.safetensors", "wb") as file:
+        file.truncate(ahead.WORTH_BEGINNING)
+    return tmp_path
+
+
+def arguments(model, device=None, compile="auto", deterministic=False):
+    return SimpleNamespace(model=str(model), device=device, compile=compile, deterministic=deterministic)
+
+
+def test_each_kernel_is_begun_as_it_is_loaded():
+    kernels = [few_rows.KERNEL, native_step.KERNEL, native_attention.KERNEL]
+    kernels += [integer_kernel.KERNEL, integer_kernel.FLOAT_KERNEL]
+    assert {kernel.file: tuple(kernel.needed) for kernel in kernels} == ALL
+    assert all((ahead.KERNELS / name).is_file() for name in ALL)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (dict(), USUAL),
+        (dict(compile="on", device="cpu"), USUAL),
+        (dict(deterministic=True), {"paged_attention.cpp"}),
+        (dict(compile="off"), set()),
+        (dict(device="cuda"), set()),
+    ],
+)
+def test_what_a_model_needs_is_begun(begun, folder, given, wanted):
+    ahead.begin_kernels(arguments(folder, **given))
+    assert set(begun) == wanted
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({"activations": "int8"}, {"integer_product.cpp"}),
+        ({"activations": "float"}, {"float_product.cpp"}),
+    ],
+)
+def test_a_quantized_model_has_kernels_of_its_own(begun, folder, said, wanted):
+    (folder / "config.json").write_text(json.dumps({"quantization_config": said}))
+    ahead.begin_kernels(arguments(folder))
+    assert set(begun) == {"paged_attention.cpp", "few_rows.cpp"} | wanted
+
+
+def test_where_nothing_is_begun(begun, folder, tmp_path, monkeypatch):
+    small = tmp_path / "small"
+    small.mkdir()
+    (small / "config.json").write_text("no JSON")
+    for name in (small, tmp_path / "missing", "some/name"):
+        ahead.begin_kernels(arguments(name))
+    monkeypatch.setattr(ahead, "GPU", ahead.KERNELS)  # something that is there
+    ahead.begin_kernels(arguments(folder))
+    assert begun == []
+    ahead.begin_kernels(arguments(folder, device="cpu"))
+    assert set(begun) == USUAL
