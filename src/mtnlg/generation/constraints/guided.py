@@ -24,6 +24,9 @@ MOST_RULE_CHARACTERS = 1_000_000
 # Space between the parts of a JSON document: none, one space, or a new line with its indentation. With
 # any amount allowed, a model that likes white space would never come to an end.
 JSON_SPACE = r" |\n[ \t]{0,40}"
+# Tokens of nothing but Chinese characters. Where a rule takes so many of any of them, all these tokens are
+# allowed without a look at each: in a vocabulary with Chinese words that is most of it.
+HAN_SLICES = [f"[\u4e00-\u9fa5]{{1,{most}}}" for most in (8, 4, 3, 2)]
 _NAMES = {
     "json_schema": "the JSON schema",
     "json_object": "the JSON object",
@@ -134,7 +137,8 @@ def _guided_tokenizer(definition: str, vocab_size: int, end_ids: tuple[int, ...]
     from llguidance import LLTokenizer
 
     try:
-        return LLTokenizer(definition, n_vocab=vocab_size, eos_token=list(end_ids))
+        slices = LLTokenizer.general_slices() + HAN_SLICES
+        return LLTokenizer(definition, n_vocab=vocab_size, eos_token=list(end_ids), slices=slices)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"the tokenizer cannot be used with a rule: {error}") from error
 
