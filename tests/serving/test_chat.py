@@ -110,6 +110,25 @@ def test_answers_in_json(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_one_call_where_more_are_not_wanted(client, stream):
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+    rule = {"guided_choice": [f"{call}\n{call}"]}
+    options = {"tools": [WEATHER], "max_completion_tokens": 200, "stream": stream, "extra_body": rule}
+
+    def num_calls(**more):
+        answer = chat(client, **options, **more)
+        if not stream:
+            assert answer.choices[0].finish_reason == "tool_calls"
+            return len(answer.choices[0].message.tool_calls)
+        chunks = [chunk.choices[0] for chunk in answer]
+        assert chunks[-1].finish_reason == "tool_calls"
+        return len({part.index for chunk in chunks for part in chunk.delta.tool_calls or []})
+
+    assert num_calls() == 2
+    assert num_calls(parallel_tool_calls=False) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_that_must_be_called_is_called(client, stream):
     options = {"tools": [WEATHER], "tool_choice": "required", "max_completion_tokens": 100}
     if stream:

@@ -99,6 +99,30 @@ def test_a_path_that_is_too_long(strict):
     assert status == 431
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_http_of_1996_gets_no_chunks(running, stream):
+    body = {**LONG, "max_tokens": 3, "stream": stream}
+    sent = as_http("/v1/completions", body).replace(b"HTTP/1.1", b"HTTP/1.0")
+    head, _, content = raw(running.port, sent).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert content.endswith(b"data: [DONE]\n\n") if stream else json.loads(content)["choices"]
+
+
+def test_requests_in_a_row_and_bodies_in_chunks(running):
+    """Three requests before the first answer, one of them in chunks; no other protocol is changed to."""
+    plain = as_http("/v1/completions", {**LONG, "max_tokens": 2})
+    head, _, content = plain.partition(b"\r\n\r\n")
+    head = head.rpartition(b"\r\n")[0] + b"\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue"
+    chunked = head + b"\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
+    last = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+    answer = raw(running.port, plain + chunked + last)
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    assert answer.count(b"HTTP/1.1 100 Continue") == 1
+    assert answer.endswith(b'{"status":"ok"}')
+
+
 @pytest.mark.parametrize(
     "junk", [b"\x16\x03\x01\x02\x00\x01", b"GARBAGE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"]
 )

@@ -73,6 +73,19 @@ def test_a_last_turn_that_is_too_long_is_refused(running):
         assert answer.json()["error"]["param"] == "messages"
 
 
+@pytest.mark.parametrize(("policy", "num_turns", "most"), [("drop", 4000, 20), ("summarise", 200, 40)])
+def test_many_turns_are_not_tried_one_by_one(running, policy, num_turns, most, monkeypatch):
+    form, sizes = running.server.state.backend.form, []
+    write = type(form).pieces
+    monkeypatch.setattr(type(form), "pieces", lambda *a, **b: sizes.append(len(a[1])) or write(*a, **b))
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * num_turns
+    answer = running.post("/v1/chat/completions", body(policy, messages=[*talk, talk[0]]))
+    # a summary by this model is noise, which may have more tokens once it is written again
+    assert answer.status_code == 200 or policy == "summarise", answer.text
+    assert len(sizes) <= most
+    assert max(sizes) <= 2 * 512
+
+
 def test_a_rule_that_takes_too_long_is_refused_and_nobody_waits(start, monkeypatch):
     is_over = threading.Event()
     make = options.constraint_from_options

@@ -36,6 +36,16 @@ def test_forms_and_sizes_of_embeddings(client, tokenizer):
         client.embeddings.create(model=NAME, input="a", dimensions=17)
 
 
+def test_more_texts_than_the_queue_holds(client):
+    """As many as clients send by default; they go in groups, so that others may ask meanwhile."""
+    texts = ["the cat", "a"] * 80
+    found = client.embeddings.create(model=NAME, input=texts)
+    one = client.embeddings.create(model=NAME, input="the cat")
+    assert [entry.index for entry in found.data] == list(range(160))
+    assert found.usage.total_tokens == 80 * (one.usage.total_tokens + 1)
+    assert found.data[158].embedding == pytest.approx(one.data[0].embedding, abs=1e-6)
+
+
 @pytest.mark.parametrize("prefix", ["/v1", ""])
 def test_text_goes_to_tokens_and_back(running, tokenizer, prefix):
     text = "the cat 花落 🙂"

@@ -53,6 +53,9 @@ def test_pages_of_a_chosen_origin_may_call(start):
     with start(allow_origins=("https://a.example",)) as running:
         answer = httpx.options(f"{running.url}/v1/completions", headers=PREFLIGHT)
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        sent = ", ".join(("authorization", "content-type", "x-stainless-lang", "x-stainless-retry-count"))
+        client = {**PREFLIGHT, "access-control-request-headers": sent}  # as OpenAI's own for browsers asks
+        assert httpx.options(f"{running.url}/v1/completions", headers=client).status_code == 200
         other = httpx.options(
             f"{running.url}/v1/completions", headers={**PREFLIGHT, "origin": "https://b.example"}
         )

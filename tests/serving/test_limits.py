@@ -222,6 +222,12 @@ def test_tokens_are_charged_and_what_was_not_used_is_given_back(start):
         with pytest.raises(openai.RateLimitError, match="too large") as caught:
             client.completions.create(**{**BODY, "max_tokens": 300})
         assert caught.value.type == "tokens"
+        assert caught.value.response.headers["x-should-retry"] == "false"  # it never fits
+        assert "retry-after" not in caught.value.response.headers
+        before = running.server.state.keys.caller(None).tokens.left
+        with pytest.raises(openai.RateLimitError, match="too large"):
+            client.embeddings.create(model=NAME, input=["a b c d"] * 100)
+        assert running.server.state.keys.caller(None).tokens.left >= before  # nothing was worked on
 
 
 def test_requests_a_minute(start):

@@ -101,8 +101,7 @@ class DialogueWindow:
         length = write(before)
         if length > room:
             last = len(turns) - 1 if policy != "refuse" else min(len(examples), len(turns) - 1)
-            target = room - room // _FREE_AFTER_DROPPING
-            self._start = _first(before, last, lambda start: write(start) <= target)
+            self._start = _first(before, last, lambda n: write(n) <= room - room // _FREE_AFTER_DROPPING)
             length = write(self._start)
             if policy == "refuse" and length > room and self._start < len(turns) - 1:
                 raise ConfigError(

@@ -16,7 +16,8 @@ def checked_messages(messages: Messages) -> list[dict[str, Any]]:
     """A copy with plain texts as contents; what templates do not know is turned into what they know.
 
     ``developer`` becomes ``system``; a content in parts becomes one text, its parts on lines of their own;
-    a tool call's arguments, a JSON text in OpenAI's form, become the object that templates expect.
+    a tool call's arguments, a JSON text in OpenAI's form, become the object that templates expect, or stay
+    text where they are no JSON.
 
     Raises:
         ConfigError: naming every message that is wrong, and how.
@@ -86,8 +87,13 @@ def _checked_call(where: str, call: Any, problems: list[str]) -> dict[str, Any]:
         return {}
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            problems.append(f"{where}.function.arguments is not JSON: {error}.")
+        arguments = call_arguments(arguments)
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def call_arguments(text: str) -> Any:
+    """The arguments of a call; what is no JSON stays text: a model may be shown what it wrote wrong."""
+    try:
+        return json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text

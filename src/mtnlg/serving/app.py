@@ -49,6 +49,18 @@ GETS: Sequence[tuple[str, Callable[..., Any]]] = (
 )
 
 
+# Headers of answers that a page of another origin may read.
+EXPOSED = (
+    "x-request-id",
+    "x-context-notice",
+    "openai-processing-ms",
+    "Retry-After",
+    "retry-after-ms",
+    *(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset")),
+    *(f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset")),
+)
+
+
 def make_app(state: ServerState, lifespan: Any = None) -> FastAPI:
     """The ASGI app.
 
@@ -90,8 +102,8 @@ def _middleware(app: FastAPI, state: ServerState) -> list[Middleware]:
         CORSMiddleware,
         allow_origins=list(state.config.allow_origins),
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type"],
-        expose_headers=["x-request-id", "Retry-After"],
+        allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
+        expose_headers=EXPOSED,
     )
     return [cors, gate]
 
@@ -133,6 +145,7 @@ class JsonRoute(APIRoute):
             parsed = JsonRequest(request.scope, request.receive)
             if body is not None:
                 _check_media_type(request.headers.get("content-type", ""))
+                _check_coding(request.headers.get("content-encoding", "identity"))
                 if request.app.state.server.config.ignore_unknown_fields:
                     parsed.known_fields = body.model_fields
             return await answer(parsed)
@@ -150,6 +163,13 @@ def _check_media_type(content_type: str) -> None:
         raise ApiError(415, "The body must be UTF-8.", code="unsupported_media_type")
 
 
+def _check_coding(coding: str) -> None:
+    if coding.strip().lower() != "identity":
+        message = f"The body comes as '{coding[:40]}': send it as it is, without Content-Encoding."
+        headers = {"Accept-Encoding": "identity"}
+        raise ApiError(415, message, code="unsupported_content_encoding", headers=headers)
+
+
 async def _on_api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
@@ -157,7 +177,8 @@ async def _on_api_error(_request: Request, error: Exception) -> Response:
 
 async def _on_invalid(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    is_unknown = lambda found: found["type"] == "extra_forbidden" and len(found["loc"]) == 2  # noqa: E731
+    problems = sorted(error.errors(), key=lambda found: not is_unknown(found))
     return of_validation(problems, descriptions.FIELDS).response()
 
 
@@ -168,7 +189,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         return wrong_method(method, path, _allowed(request)).response()
     if error.status_code == 404:
-        return unknown_url(method, path).response()
+        known = [route.path for route in request.app.routes if "{" not in route.path]
+        return unknown_url(method, path, known).response()
     return ApiError(error.status_code, str(error.detail)).response()
 
 
@@ -178,4 +200,6 @@ def _allowed(request: Request) -> str:
     for route in request.app.routes:
         if route.matches(request.scope)[0] != Match.NONE:
             found |= getattr(route, "methods", None) or set()
+    if "GET" in found:
+        found.add("HEAD")
     return ", ".join(sorted(found))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +14,7 @@ from mtnlg.generation.dialogue_format import DialogueFormat
 from mtnlg.generation.engine import Engine
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.serving.vocabulary import Vocabulary
+from mtnlg.serving.workers import Workers
 from mtnlg.tokens import Tokenizer
 
 
@@ -71,9 +71,9 @@ class Backend:
         self.vocab_size: int = self.engine.runner.vocab_size
         self.end_ids = tuple(default_end_ids(self.tokenizer))
         # Two threads tokenize; the event loop never does.
-        self.workers = ThreadPoolExecutor(2, thread_name_prefix="mtnlg-requests")
+        self.workers = Workers(2, "mtnlg-requests")
         # What may take long, so that nobody else's text waits for it: compiling rules, summaries, adapters.
-        self.slow_workers = ThreadPoolExecutor(4, thread_name_prefix="mtnlg-slow")
+        self.slow_workers = Workers(4, "mtnlg-slow")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,4 +103,4 @@ class Backend:
         """Stop the engine and the threads."""
         self.engine.close(drain_seconds)
         for workers in (self.workers, self.slow_workers):
-            workers.shutdown(wait=False, cancel_futures=True)
+            workers.shutdown()

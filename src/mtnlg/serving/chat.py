@@ -23,7 +23,7 @@ from mtnlg.serving.prompts import (
 )
 from mtnlg.serving.state import ServerState, state_of, visit_of
 from mtnlg.serving.streaming import EventStream, finish
-from mtnlg.serving.tools import call_grammar, chosen_tools
+from mtnlg.serving.tools import CLOSE, call_grammar, chosen_tools
 
 
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
@@ -44,7 +44,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     check_lengths(state, [ids], wanted or 1, "messages", adapter)
     base = base_request(state, visit, body, adapter)
     base.end_ids = () if body.ignore_eos else prompt.end_ids
-    base.stop = [*base.stop, *prompt.stop]
+    one_call = [CLOSE] if tools and body.parallel_tool_calls is False else []
+    base.stop = [*base.stop, *prompt.stop, *one_call]
     base.constraint = await _constraint(state, body, tools if must_call else [])
     taken = 1 if state.backend.reads_source else len(ids)
     base.max_new_tokens = wanted or state.longest(adapter) - taken

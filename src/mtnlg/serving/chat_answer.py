@@ -67,7 +67,6 @@ class ChatAnswer:
     def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
         content = self._form.content_of(generation.text)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        message |= {"annotations": []}
         num_calls = 0
         if self._tool_names:
             reader = ToolReader(self._tool_names)

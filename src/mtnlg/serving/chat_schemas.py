@@ -8,6 +8,9 @@ from pydantic import ConfigDict, Field
 
 from mtnlg.serving.schemas import MAX_TOP_LOGPROBS, Sampling, Strict, one_of
 
+# What a server once sent may come back with a message: refusal, annotations, index of a call, ...
+SENT_BACK = ConfigDict(strict=True, extra="ignore")
+
 
 class TextPart(Strict):
     """A piece of a message's content. This server reads text only."""
@@ -25,12 +28,16 @@ Content = Annotated[
 class FunctionCall(Strict):
     """What a tool call calls."""
 
+    model_config = SENT_BACK
+
     name: str
     arguments: str = Field(description="JSON")
 
 
 class ToolCall(Strict):
     """A call of a tool that the assistant made."""
+
+    model_config = SENT_BACK
 
     id: str
     type: Literal["function"] = "function"
@@ -40,8 +47,7 @@ class ToolCall(Strict):
 class Message(Strict):
     """A turn of the conversation."""
 
-    # What a server once sent may come back with the message: refusal, audio, annotations, ...
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = SENT_BACK
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -106,13 +112,13 @@ ToolChoice = Annotated[
 class ChatRequest(Sampling):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None

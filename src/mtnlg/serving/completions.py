@@ -21,6 +21,7 @@ from mtnlg.serving.prompts import (
     check_count,
     check_lengths,
     constraint_of,
+    is_one,
     prompt_rows,
     sequences,
     with_adapters_text,
@@ -38,8 +39,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     adapter = state.chosen_adapter(body.model)
     num_tried = _check(body)
     prompt = body.prompt if adapter is None else with_adapters_text(body.prompt, adapter)
+    check_count(state, (1 if is_one(prompt) else len(prompt)) * num_tried, "n")
     texts, rows = await prompt_rows(state, prompt, "prompt", body.add_special_tokens, body.parse_special)
-    check_count(state, len(rows) * num_tried, "n")
     least = min(1, _wanted(body)) if body.max_tokens is None else _wanted(body)
     check_lengths(state, rows, least, "prompt", adapter)
     base = base_request(state, visit, body, adapter)

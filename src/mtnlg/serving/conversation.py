@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.dialogue_format import DialoguePrompt, PersonaFormat, dialogue_prompt
 from mtnlg.generation.dialogue_ids import DialogueIds
 from mtnlg.generation.dialogue_window import DialogueWindow, turns_of
-from mtnlg.generation.messages import checked_messages
+from mtnlg.generation.messages import call_arguments, checked_messages
 from mtnlg.generation.request import GenerationRequest
 from mtnlg.serving.chat_schemas import ChatRequest, Message, Tool, ToolCall
 from mtnlg.serving.errors import ApiError, invalid
@@ -45,7 +44,7 @@ class Conversation:
     @property
     def plain(self) -> list[dict[str, Any]]:
         """Messages as templates know them."""
-        return [as_template_message(message, number) for number, message in enumerate(self.messages)]
+        return [as_template_message(message) for message in self.messages]
 
     @property
     def described_tools(self) -> list[dict[str, Any]] | None:
@@ -69,7 +68,7 @@ async def prompt_of(state: ServerState, conversation: Conversation) -> DialogueP
     """
     backend, plain = state.backend, conversation.plain
     limit = backend.engine.max_length
-    least = sum(backend.least_tokens(message["content"]) for message in plain)
+    least = _least_tokens(state, plain)
     if least > limit:
         raise _too_long(limit, least)
     variables, described = conversation.checked_variables(), conversation.described_tools
@@ -81,7 +80,7 @@ async def prompt_of(state: ServerState, conversation: Conversation) -> DialogueP
                 backend.tokenizer, plain, described, form=backend.form, max_tokens=room, **variables
             ),
         )
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, RecursionError) as error:
         raise _refused(state, conversation, error) from error
 
 
@@ -134,7 +133,7 @@ async def prompt_in_window(
 
     try:
         found = await off_the_loop(state, write, is_slow=True)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, RecursionError) as error:
         raise _refused(state, conversation, error) from error
     if spent:
         visit.caller.charge(sum(spent))
@@ -148,7 +147,7 @@ def _shortened(
     most = limit * (MOST_SUMMARISED if policy == "summarise" else 2)
     head = messages[:1] if messages[0]["role"] == "system" else []
     turns = turns_of(messages[len(head) :])
-    sizes = [sum(state.backend.least_tokens(str(one["content"])) for one in turn) for turn in turns]
+    sizes = [_least_tokens(state, turn) for turn in turns]
     start, total = 0, sum(sizes)
     while total > most and start < len(turns) - 1:
         total -= sizes[start]
@@ -156,6 +155,11 @@ def _shortened(
     if total > most:
         raise _too_long(limit, total)
     return [*head, *(dict(message) for turn in turns[start:] for message in turn)]
+
+
+def _least_tokens(state: ServerState, messages: Sequence[Mapping[str, Any]]) -> int:
+    """Messages have at least so many tokens: told without writing them out; each says who speaks."""
+    return sum(max(1, state.backend.least_tokens(str(message["content"]))) for message in messages)
 
 
 def _too_long(limit: int, least: int) -> ApiError:
@@ -172,7 +176,7 @@ def _refused(state: ServerState, conversation: Conversation, error: Exception) -
     return invalid(f"Invalid '{param}': {error}", param, "invalid_value")
 
 
-def as_template_message(message: Message, number: int) -> dict[str, Any]:
+def as_template_message(message: Message) -> dict[str, Any]:
     """A message as templates know it: plain text, arguments of calls as objects."""
     content = message.content or ""
     if not isinstance(content, str):
@@ -184,18 +188,10 @@ def as_template_message(message: Message, number: int) -> dict[str, Any]:
     if message.tool_call_id is not None:
         found["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        where = f"messages[{number}].tool_calls"
-        found["tool_calls"] = [
-            _template_call(call, f"{where}[{place}]") for place, call in enumerate(message.tool_calls)
-        ]
+        found["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return found
 
 
-def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except ValueError as error:
-        where += ".function.arguments"
-        raise invalid(f"Invalid '{where}': it is no JSON.", where, "invalid_value") from error
-    function = {"name": call.function.name, "arguments": arguments}
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": call_arguments(call.function.arguments)}
     return {"id": call.id, "type": "function", "function": function}

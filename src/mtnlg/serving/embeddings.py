@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,10 +13,12 @@ from fastapi.responses import JSONResponse
 from mtnlg.generation.request import GenerationRequest
 from mtnlg.serving.errors import failed, invalid
 from mtnlg.serving.jobs import Job
-from mtnlg.serving.prompts import check_count, check_lengths, off_the_loop, prompt_rows
+from mtnlg.serving.prompts import check_lengths, is_one, off_the_loop, prompt_rows
 from mtnlg.serving.schemas import EmbeddingRequest
 from mtnlg.serving.state import state_of, visit_of
 from mtnlg.serving.streaming import finish
+
+MOST_INPUTS = 2048  # OpenAI's
 
 
 async def create_embedding(body: EmbeddingRequest, request: Request) -> Response:
@@ -26,26 +29,47 @@ async def create_embedding(body: EmbeddingRequest, request: Request) -> Response
     if body.dimensions is not None and body.dimensions > size:
         message = f"Invalid 'dimensions': this model's vectors have {size} numbers, not {body.dimensions}."
         raise invalid(message, "dimensions", "integer_above_max_value")
+    if not is_one(body.input) and len(body.input) > MOST_INPUTS:
+        message = f"Invalid 'input': {len(body.input)} texts. Send at most {MOST_INPUTS} at a time."
+        raise invalid(message, "input", "array_above_max_length")
     _texts, rows = await prompt_rows(state, body.input, "input", add_special=False, parse_special=False)
-    check_count(state, len(rows), "input")
-    check_lengths(state, rows, 0, "input")
-    limit = state.config.request_timeout_seconds or None
+    check_lengths(state, rows, 0, "input", adapter)
+    num_tokens = sum(map(len, rows))
+    visit.caller.check(num_tokens)
+    vectors: list[np.ndarray] = []
+    count = state.backend.engine.config.max_batch_size  # at a time: others are in the queue, too
     name = None if adapter is None else adapter.name
-    requests = [GenerationRequest(ids, hidden=True, deadline_seconds=limit, adapter=name) for ids in rows]
-    job = Job(state, visit, requests)
-    await finish(request, job)
-    states = [generation.hidden for generation in job.generations]
-    if any(found is None for found in states):
-        raise failed(visit.request_id)
-    vectors = await off_the_loop(
-        state, lambda: [pooled(found.numpy(), body.dimensions) for found in states if found is not None]
-    )
+    for begin in range(0, len(rows), count):
+        states = await _hidden_states(request, rows[begin : begin + count], name)
+        vectors += await off_the_loop(state, functools.partial(_pooled_each, states, body.dimensions))
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
         for index, vector in enumerate(vectors)
     ]
-    usage = {"prompt_tokens": job.prompt_tokens, "total_tokens": job.prompt_tokens}
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     return JSONResponse({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+
+async def _hidden_states(
+    request: Request, rows: Sequence[Sequence[int]], adapter: str | None
+) -> list[np.ndarray]:
+    """States of each text after the final norm [tokens, hidden]."""
+    state, visit = state_of(request), visit_of(request)
+    limit = state.config.request_timeout_seconds
+    seconds = max(limit - visit.seconds, 0.001) if limit else None
+    requests = [
+        GenerationRequest(ids, hidden=True, deadline_seconds=seconds, adapter=adapter) for ids in rows
+    ]
+    job = Job(state, visit, requests)
+    await finish(request, job)
+    found = [generation.hidden.numpy() for generation in job.generations if generation.hidden is not None]
+    if len(found) < len(rows):
+        raise failed(visit.request_id)
+    return found
+
+
+def _pooled_each(states: Sequence[np.ndarray], dimensions: int | None) -> list[np.ndarray]:
+    return [pooled(found, dimensions) for found in states]
 
 
 def pooled(states: np.ndarray, dimensions: int | None = None) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,16 @@ from fastapi.responses import JSONResponse
 
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
+
+
+# Of OpenAI's API, what clients ask for and what there is in its place.
+ELSEWHERE = {
+    "/v1/responses": "/v1/chat/completions (chat.completions of the client)",
+    "/responses": "/v1/chat/completions (chat.completions of the client; its base_url ends with /v1)",
+}
+# Their fields of before: what has replaced them.
+REPLACED = {"functions": "tools", "function_call": "tool_choice"}
+LONGEST_NAME = 100  # letters of a field's name that are told back
 
 
 class ApiError(HTTPException):
@@ -64,9 +75,20 @@ def unknown_model(name: str) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
-def unknown_url(method: str, path: str) -> ApiError:
-    """No such path (404)."""
-    return ApiError(404, f"Invalid URL ({method} {path[:200]})", code="unknown_url")
+def unknown_url(method: str, path: str, known: Sequence[str] = ()) -> ApiError:
+    """No such path (404).
+
+    Args:
+        method: of HTTP.
+        path: asked for.
+        known: paths that there are, to name one that is nearly it.
+    """
+    hint = ""
+    if path.rstrip("/") in ELSEWHERE:
+        hint = f" This server does not have it: use {ELSEWHERE[path.rstrip('/')]}."
+    elif near := difflib.get_close_matches(path[:200], known, n=1, cutoff=0.7):
+        hint = f" Did you mean {near[0]}?"
+    return ApiError(404, f"Invalid URL ({method} {path[:200]}).{hint}", code="unknown_url")
 
 
 def wrong_method(method: str, path: str, allowed: str) -> ApiError:
@@ -109,12 +131,15 @@ def queue_full(message: str, retry_after: int) -> ApiError:
     return ApiError(429, message, code="engine_overloaded", kind="requests", headers=headers)
 
 
-def rate_limited(message: str, kind: str, retry_after_seconds: float) -> ApiError:
-    """A key has used up its share (429)."""
-    headers = {
-        "Retry-After": str(max(1, -(-retry_after_seconds // 1).__int__())),
-        "retry-after-ms": str(max(1, round(1000 * retry_after_seconds))),
-    }
+def rate_limited(message: str, kind: str, retry_after_seconds: float | None) -> ApiError:
+    """A key has used up its share (429), or asks for more than its share ever is (``None`` seconds)."""
+    if retry_after_seconds is None:
+        headers = {"x-should-retry": "false"}  # OpenAI's clients would come again otherwise
+    else:
+        headers = {
+            "Retry-After": str(max(1, math.ceil(retry_after_seconds))),
+            "retry-after-ms": str(max(1, math.ceil(1000 * retry_after_seconds))),
+        }
     return ApiError(429, message, code="rate_limit_exceeded", kind=kind, headers=headers)
 
 
@@ -181,7 +206,9 @@ def of_validation(problems: Sequence[Mapping[str, Any]], known: Sequence[str] = 
     if kind == "missing":
         return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(path[-1]), known, n=1)
+        is_top = len(path) == 1
+        near = difflib.get_close_matches(param, known, n=1) if is_top else []
+        near = [REPLACED[param]] if is_top and param in REPLACED else near
         hint = f" Did you mean '{near[0]}'?" if near else ""
         return invalid(f"Unknown parameter: '{param}'.{hint}", param, "unknown_parameter")
     return _of_value(first, param)
@@ -233,7 +260,7 @@ def _param(path: Sequence[Any]) -> str:
         if isinstance(step, int):
             words += f"[{step}]"
         else:
-            words += f".{step}" if words else str(step)
+            words += f".{step}"[:LONGEST_NAME] if words else str(step)[:LONGEST_NAME]
     return words
 
 

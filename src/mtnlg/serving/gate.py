@@ -40,7 +40,9 @@ class Gate:
             return await self._app(scope, receive, send)
         client = scope.get("client")
         visit = Visit(scope["method"], scope["path"], client[0] if client else None)
-        scope["mtnlg.visit"] = visit
+        # HEAD is GET without the body, which is left out where it is written.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = {**scope, "method": method, "mtnlg.visit": visit}
         answer = _Answer(send, visit)
         is_inside = False
         try:

@@ -117,9 +117,14 @@ class Caller:
                 f"Request too large for {self.name} on tokens per min (TPM): Limit {limit}, Requested "
                 f"{num_tokens}. The prompt or the wanted output must be reduced."
             )
-            raise rate_limited(message, "tokens", MINUTE)
+            raise rate_limited(message, "tokens", None)
         if wait := self.tokens.take(num_tokens):
             raise self._refused(self.tokens, "tokens", "TPM", num_tokens, wait)
+
+    def check(self, num_tokens: int) -> None:
+        """Raise what :meth:`charge` would, and take nothing."""
+        self.charge(num_tokens)
+        self.tokens.give_back(num_tokens)
 
     def _refused(self, bucket: Bucket, what: str, short: str, amount: int, wait: float) -> Exception:
         used = round(bucket.per_minute - bucket.left)

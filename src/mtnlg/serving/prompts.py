@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from mtnlg.config.errors import ConfigError, DataError
 from mtnlg.generation.adapters import LoadedAdapter
@@ -17,6 +18,7 @@ from mtnlg.serving.schemas import Guidance, Sampling
 from mtnlg.serving.state import ServerState, Visit
 
 Result = TypeVar("Result")
+Prompts: TypeAlias = str | list[str] | list[int] | list[list[int]]
 SHORT = 2048  # characters: tokenized at once, which is quicker than asking a thread
 
 # Field of a request: kind of rule.
@@ -37,7 +39,7 @@ async def off_the_loop(state: ServerState, work: Callable[[], Result], is_slow: 
 
 async def prompt_rows(
     state: ServerState,
-    prompt: str | list[str] | list[int] | list[list[int]],
+    prompt: Prompts,
     param: str = "prompt",
     add_special: bool = True,
     parse_special: bool = True,
@@ -47,21 +49,22 @@ async def prompt_rows(
     Raises:
         ApiError: 400: no prompt, or one that cannot be.
     """
-    is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
-    rows: list[Any] = [prompt] if is_one else list(prompt)
+    rows: list[Any] = [prompt] if is_one(prompt) else list(prompt)
     if not rows:
         raise invalid(f"Invalid '{param}': empty array.", param, "empty_array")
     if isinstance(rows[0], str):
         start = list(state.backend.start_ids) if add_special else []
-        found = [await text_ids(state, text, param, parse_special) for text in rows]
-        return rows, [start + ids for ids in found]
+        return rows, [start + ids for ids in await ids_of_texts(state, rows, param, parse_special)]
     _check_ids(state, rows, param)
     return [None] * len(rows), rows
 
 
-def with_adapters_text(
-    prompt: str | list[str] | list[int] | list[list[int]], adapter: LoadedAdapter
-) -> str | list[str] | list[int] | list[list[int]]:
+def is_one(prompt: Prompts) -> bool:
+    """Whether it is a single text or a single list of ids."""
+    return isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
+
+
+def with_adapters_text(prompt: Prompts, adapter: LoadedAdapter) -> Prompts:
     """Texts with what the adapter was trained to find around them; ids as they are."""
     config = adapter.adapter.config
     if isinstance(prompt, str):
@@ -70,14 +73,16 @@ def with_adapters_text(
     return [f"{config.prefix}{text}{config.suffix}" for text in texts] if texts else prompt
 
 
-async def text_ids(state: ServerState, text: str, param: str, parse_special: bool) -> list[int]:
-    """Tokens of a text.
+async def ids_of_texts(
+    state: ServerState, texts: Sequence[str], param: str, parse_special: bool
+) -> list[list[int]]:
+    """Tokens of each text.
 
     Raises:
-        ApiError: 400: it has more than the model takes, or is no Unicode.
+        ApiError: 400: one has more than the model takes, or is no Unicode.
     """
     backend = state.backend
-    least = backend.least_tokens(text)
+    least = max(map(backend.least_tokens, texts))
     if least > backend.engine.max_length:
         raise invalid(
             f"This model's maximum context length is {backend.engine.max_length} tokens. However, your "
@@ -85,12 +90,13 @@ async def text_ids(state: ServerState, text: str, param: str, parse_special: boo
             param,
             "context_length_exceeded",
         )
+
+    def encode() -> list[list[int]]:
+        return [backend.tokenizer.encode(text, allow_special=parse_special) for text in texts]
+
     try:
-        if len(text) <= SHORT:
-            return backend.tokenizer.encode(text, allow_special=parse_special)
-        return await off_the_loop(
-            state, lambda: backend.tokenizer.encode(text, allow_special=parse_special)
-        )
+        is_short = sum(map(len, texts)) <= SHORT
+        return encode() if is_short else await off_the_loop(state, encode)
     except DataError as error:
         raise invalid(f"Invalid '{param}': {error}", param, "invalid_value") from error
 
@@ -124,17 +130,31 @@ def check_lengths(
             raise too_long(limit, len(ids), wanted, param)
 
 
-def sampling_rules(body: Sampling) -> SamplingRules:
+def logit_bias(body: Sampling, vocab_size: int) -> dict[int, float]:
+    """What is added to which token's logit.
+
+    Raises:
+        ApiError: 400: a key is no token id.
+    """
+    found: dict[int, float] = {}
+    for key, value in (body.logit_bias or {}).items():
+        if not re.fullmatch("[0-9]{1,18}", key):
+            message = "Invalid 'logit_bias': its keys must be token ids, whole numbers."
+            raise invalid(message, "logit_bias", "invalid_value")
+        found[int(key)] = value
+    if found and max(found) >= vocab_size:
+        message = f"token {max(found)} is not in the vocabulary (0 to {vocab_size - 1})."
+        raise invalid(f"Invalid 'logit_bias': {message}", "logit_bias", "invalid_value")
+    return found
+
+
+def sampling_rules(body: Sampling, vocab_size: int) -> SamplingRules:
     """How tokens are drawn.
 
     Raises:
         ApiError: 400: what a rule cannot be.
     """
-    try:
-        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    except ValueError as error:
-        message = "Invalid 'logit_bias': its keys must be token ids, whole numbers."
-        raise invalid(message, "logit_bias", "invalid_value") from error
+    bias = logit_bias(body, vocab_size)
     try:
         return SamplingRules(
             temperature=1.0 if body.temperature is None else body.temperature,
@@ -172,7 +192,7 @@ def base_request(
     limits = [seconds for seconds in (state.config.request_timeout_seconds, body.timeout) if seconds]
     return GenerationRequest(
         prompt_ids=(),
-        rules=sampling_rules(body),
+        rules=sampling_rules(body, state.backend.vocab_size),
         min_new_tokens=body.min_tokens or 0,
         end_ids=() if body.ignore_eos else state.backend.end_ids,
         stop=stop_strings(body),

@@ -9,7 +9,8 @@ import asyncio
 import json
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mtnlg.config.serving import ServerConfig
 from mtnlg.serving.errors import SERVER_ERROR, ApiError
@@ -88,6 +89,14 @@ class _Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             super().on_message_complete()
 
+    def _should_upgrade(self) -> bool:
+        return False  # there is nothing else to speak here: the request is answered as it is
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] == "1.0":
+            app = _without_chunks(app, cycle)
+        super()._start_asgi_task(cycle, app)
+
     def _is_in_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
@@ -148,3 +157,19 @@ class _Connection(HttpToolsProtocol):
         if self._send_timer is not None:
             self._send_timer.cancel()
             self._send_timer = None
+
+
+def _without_chunks(app: ASGIApp, cycle: RequestResponseCycle) -> Any:
+    """The app for HTTP/1.0, which knows no chunks: an answer of unknown length ends with its connection."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_as_it_is(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                cycle.chunked_encoding = False
+            else:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_as_it_is)
+
+    return answer

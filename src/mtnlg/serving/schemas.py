@@ -18,7 +18,8 @@ MAX_STOPS = 16
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# A list is given up at its first wrong entry: a million of them are no reason to write a million sentences.
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
 def one_of(words: str) -> WrapValidator:
@@ -34,7 +35,7 @@ def one_of(words: str) -> WrapValidator:
 
 
 Prompt = Annotated[
-    str | list[str] | Ids | list[Ids],
+    str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)],
     one_of("a string, an array of strings, an array of token ids, or an array of arrays of token ids"),
 ]
 Stop = Annotated[
@@ -159,5 +160,5 @@ class DetokenizeRequest(Strict):
     """Body of ``POST /v1/detokenize``."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
     skip_special_tokens: bool = False

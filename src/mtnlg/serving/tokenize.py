@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from mtnlg.serving.chat_schemas import Message
 from mtnlg.serving.conversation import Conversation, prompt_of
 from mtnlg.serving.errors import invalid, of_validation
-from mtnlg.serving.prompts import off_the_loop, text_ids
+from mtnlg.serving.prompts import ids_of_texts, off_the_loop
 from mtnlg.serving.schemas import DetokenizeRequest, TokenizeRequest
 from mtnlg.serving.state import state_of
 
@@ -33,7 +33,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> JSONResponse:
         ids = (await prompt_of(state, Conversation(messages))).ids
     else:
         start = list(state.backend.start_ids) if body.add_special_tokens else []
-        ids = start + await text_ids(state, body.prompt or "", "prompt", body.parse_special)
+        [ids] = await ids_of_texts(state, [body.prompt or ""], "prompt", body.parse_special)
+        ids = start + ids
     answer: dict[str, Any] = {
         "count": len(ids),
         "max_model_len": state.backend.engine.max_length,

@@ -209,7 +209,7 @@ class ToolReader:
     def _call(self, text: str) -> Call | None:
         try:
             content = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(content, dict) or content.get("name") not in self._names:
             return None
