@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mtnlg.generation.sampler import SamplingState, sample
-from mtnlg.generation.sampling import SamplingRules, row_generators
+from mtnlg.generation.sampling import SamplingRules, stream_of
 
 LENGTH = 512  # tokens of each sequence
 RULES: dict[str, dict[str, Any]] = {
@@ -84,10 +84,9 @@ def make_states(options: dict[str, Any], rows: int, vocab: int) -> list[Sampling
     logprobs = options.pop("logprobs", None)
     rules = SamplingRules(**options, seed=1)
     prompts = torch.randint(vocab, (rows, LENGTH), generator=torch.Generator().manual_seed(2)).tolist()
-    generators = row_generators(1, rows)
     states = [
-        SamplingState(rules, prompt[: LENGTH // 2], generator, num_logprobs=logprobs)
-        for prompt, generator in zip(prompts, generators)
+        SamplingState(rules, prompt[: LENGTH // 2], stream_of(1, row), num_logprobs=logprobs)
+        for row, prompt in enumerate(prompts)
     ]
     for state, prompt in zip(states, prompts):
         for token in prompt[LENGTH // 2 :]:

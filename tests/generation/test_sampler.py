@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtnlg.generation import SamplingRules
-from mtnlg.generation.draws import draw_by_blocks, most_likely
+from mtnlg.generation import SamplingRules, draws
+from mtnlg.generation.distribution import inverse_transform, row_probabilities
 from mtnlg.generation.sampler import SamplingState, distributions, sample, token_logprobs
 from mtnlg.generation.sampling import stream_of
 
@@ -63,6 +63,7 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_draws_follow_the_rules_in_distribution(name):
+    draws.load_kernels()
     rules, vocab, rounds = COMBINATIONS[name]
     rows = 1000
     logits = logits_of(3, 1, vocab)
@@ -202,15 +203,68 @@ def test_huge_and_tiny_settings_do_not_overflow():
 
 # -- the ways to them
 
+# Shares that a few equal ones do not add up to: there, rounding would decide.
+rules_of_chance = st.builds(
+    SamplingRules,
+    temperature=st.sampled_from([0.0, 1e-30, 0.5, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 0, 1, 5, 300]),
+    top_p=st.sampled_from([1.0, 0.95, 0.31]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    typical_p=st.sampled_from([1.0, 0.61, 0.11]),
+)
 
-@settings(max_examples=40, deadline=None)
+
+@pytest.fixture(params=["compiled", "numpy"])
+def way(request, monkeypatch):
+    """Both ways in which tokens are drawn on a CPU."""
+    draws.load_kernels()
+    if request.param == "numpy":
+        monkeypatch.setattr(draws.CHOOSE, "_loaded", [])
+        monkeypatch.setattr(draws.LIKELIEST, "_loaded", [])
+        monkeypatch.setattr(draws, "SMALL", 0)
+    elif draws.CHOOSE.loaded is None:
+        pytest.skip("there is no compiler")
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 300, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # in bf16 many are tied
+def test_a_random_number_leads_to_the_token_that_the_definition_says(way, vocab, dtype):
+    @settings(max_examples=25, deadline=None)
+    @given(
+        rules=st.lists(rules_of_chance, min_size=1, max_size=5),
+        seed=st.integers(0, 999),
+        scale=st.sampled_from([0.5, 6.0]),
+        ruled_out=st.sampled_from([None, 2, 3]),
+    )
+    def check(rules, seed, scale, ruled_out):
+        logits = logits_of(seed, len(rules), vocab, scale).to(dtype).float()
+        if ruled_out is not None:
+            logits[:, 1::ruled_out] = -math.inf
+        shares = torch.from_numpy(np.random.default_rng(seed).random(len(rules)))
+        expected = row_probabilities(logits, rules)
+        best, tokens = draws.choose(logits, rules, shares.tolist())
+        assert best == logits.amax(dim=-1).tolist()
+        assert tokens == inverse_transform(expected, shares).tolist()
+        found = draws.probabilities(logits, rules)
+        differing = ((found > 0) != (expected > 1e-37)).sum(dim=-1)
+        assert differing.max() <= (vocab > 1000)  # at a border between thousands, rounding may decide
+        torch.testing.assert_close(found[differing == 0], expected[differing == 0], atol=1e-6, rtol=1e-4)
+
+    check()
+
+
+@settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 999), length=st.integers(1, 3000), share=st.floats(0.01, 1.0))
+@pytest.mark.usefixtures("way")
 def test_the_most_likely_are_those_of_a_sort(seed, length, share):
     scores = logits_of(seed, 3, length)
     count = max(1, min(length, int(share * min(length, 200))))
-    values, ids = most_likely(scores, count)
-    assert torch.equal(values, scores.sort(dim=-1, descending=True).values[:, :count])
-    assert torch.equal(scores.gather(1, ids), values)
+    scores[0, length // 2 + 1 :] = -math.inf
+    scores[1] = scores[1].round()  # many are tied
+    totals, values, ids = draws.likeliest(scores, count)
+    assert values == scores.sort(dim=-1, descending=True).values[:, :count].tolist()
+    assert torch.equal(scores.gather(1, torch.tensor(ids)), torch.tensor(values))
+    assert totals == pytest.approx(scores.double().logsumexp(dim=-1).tolist(), abs=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -220,9 +274,9 @@ def test_the_most_likely_are_those_of_a_sort(seed, length, share):
     hole=st.integers(0, 899),
 )
 def test_a_draw_never_hits_a_weight_of_zero(number, length, hole):
-    weights = torch.zeros(1, length)
-    weights[0, min(hole, length - 1)] = 1e-20
-    assert draw_by_blocks(weights, [number]) == [min(hole, length - 1)]
+    weights = np.zeros(length, dtype=np.float32)
+    weights[min(hole, length - 1)] = 1e-20
+    assert draws.draw_by_share(weights, number) == min(hole, length - 1)
 
 
 # -- log probabilities

@@ -8,6 +8,7 @@ import torch
 
 from mtnlg.config import ConfigError
 from mtnlg.config.generation import EngineConfig
+from mtnlg.generation.draws import load_kernels
 from mtnlg.generation.encoder_decoder_runner import EncoderDecoderRunner
 from mtnlg.generation.fast_runner import FastRunner
 from mtnlg.generation.int8_pages import int8_element_bytes
@@ -35,6 +36,10 @@ def make_runner(model: LanguageModel, config: EngineConfig) -> Runner:
     Raises:
         ConfigError: ``cache_gib`` does not hold a page, or this model's cache cannot be int8.
     """
+    is_large = model.config.num_parameters >= WORTH_COMPILING
+    mode = "off" if config.compile == "auto" and not is_large else config.compile
+    if mode != "off" and next(model.parameters()).device.type != "cuda":
+        load_kernels()
     make = getattr(model, "make_runner", None)
     is_fast = make is None and isinstance(model, MegatronLmDecoder) and _can_prepare(model)
     if config.cache_dtype == "int8" and not is_fast:
@@ -51,9 +56,6 @@ def make_runner(model: LanguageModel, config: EngineConfig) -> Runner:
     element = int8_element_bytes(model.config) if config.cache_dtype == "int8" else dtype.itemsize
     num_pages = num_cache_pages(model.config, config, PAGE_SIZE, element, parameter.device)
     if dtype in PREPARED_DTYPES and is_fast:
-        mode = config.compile
-        if mode == "auto" and model.config.num_parameters < WORTH_COMPILING:
-            mode = "off"
         is_int8 = config.cache_dtype == "int8"
         return FastRunner(model, num_pages, PAGE_SIZE, dtype, config.deterministic, mode, is_int8)
     if dtype != parameter.dtype:

@@ -2,7 +2,7 @@
 
 The rules as they are defined, for any number of rows that each have their own, in a fixed number of
 tensor operations and without a look at the host. This is what accelerators run, and what the faster
-ways of ``draws.py`` are tested against.
+ways of ``draws.py`` are tested against: the same random number gives the same token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from mtnlg.config.errors import MtnlgError
 from mtnlg.generation.sampling import SamplingRules
 
-COLDEST = 1e-30  # a colder temperature is this one: its inverse must be a float32
 NOT_FINITE = (
     "the model's logits are not finite numbers: its weights are damaged, or its precision "
     "overflowed (try dtype float32)."
@@ -46,7 +45,7 @@ def row_probabilities(logits: Tensor, rules: Sequence[SamplingRules]) -> Tensor:
 
 def tempered(logits: Tensor, rules: Sequence[SamplingRules]) -> Tensor:
     """(logits - their maximum) / temperature; greedy rows are not divided."""
-    temperatures = _column(logits, [max(r.temperature, COLDEST) if r.temperature else 1.0 for r in rules])
+    temperatures = _column(logits, [rule.of_chance[0] or 1.0 for rule in rules])
     # Subtracting the maximum first keeps tiny temperatures from overflowing to infinity.
     return (logits - logits.amax(dim=-1, keepdim=True)) / temperatures
 
@@ -63,7 +62,8 @@ def _truncated(scores: Tensor, rules: Sequence[SamplingRules]) -> Tensor:
         mass = _column(scores, [rule.top_p for rule in rules])
         weights = ordered.masked_fill(ordered < smallest, float("-inf")).softmax(dim=-1).double()
         before = weights.cumsum(dim=-1) - weights  # probability of everything likelier
-        num_kept = (before < mass).sum(dim=-1, keepdim=True)
+        # Of what the weights really add up to: rounded, that is not quite 1.
+        num_kept = (before < mass * weights.sum(dim=-1, keepdim=True)).sum(dim=-1, keepdim=True)
         num_kept = torch.where(mass < 1.0, num_kept, vocab)
         smallest = smallest.maximum(ordered.gather(-1, num_kept - 1))
     if any(rule.min_p for rule in rules):  # scores are logarithms, and the best one's is 0
@@ -83,7 +83,7 @@ def _typical(scores: Tensor, mass: Tensor) -> Tensor:
     ordered, order = distance.sort(dim=-1)
     sorted_weights = weights.gather(-1, order).double()
     before = sorted_weights.cumsum(dim=-1) - sorted_weights
-    num_kept = (before < mass).sum(dim=-1, keepdim=True)
+    num_kept = (before < mass * sorted_weights.sum(dim=-1, keepdim=True)).sum(dim=-1, keepdim=True)
     furthest = ordered.gather(-1, num_kept - 1)
     return scores.masked_fill((distance > furthest) & (mass < 1.0), float("-inf"))
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mtnlg.generation import draws
 from mtnlg.generation.constraint import ConstraintState
 from mtnlg.generation.distribution import (
     NOT_FINITE,
@@ -18,7 +19,6 @@ from mtnlg.generation.distribution import (
     row_probabilities,
     uniforms,
 )
-from mtnlg.generation.draws import draw_tokens, most_likely
 from mtnlg.generation.history import NgramHistory, TokenCounts
 from mtnlg.generation.penalties import edit_scores
 from mtnlg.generation.request import GenerationRequest, TokenLogprobs
@@ -29,6 +29,7 @@ NOTHING_LEFT = (
     "no_repeat_ngram_size and min_new_tokens rule all of them out here; loosen one."
 )
 NUMBERS_AT_ONCE = 32
+GREEDY = SamplingRules()
 
 
 @dataclass
@@ -143,18 +144,14 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     asking = [row for row, state in enumerate(states) if state.num_logprobs is not None]
     is_changing = any(_is_changing(state) for state in states)
     before = logits[asking] if asking and is_changing else logits
-    best, choice = _best(logits)
-    errors = {row: NOT_FINITE for row, value in enumerate(best) if not math.isfinite(value)}
-    if is_changing and edit_scores(logits, states):
-        best, choice = _best(logits)
-        for row, value in enumerate(best):
-            if not math.isfinite(value):
-                errors.setdefault(row, NOTHING_LEFT)
-    drawing = [row for row, state in enumerate(states) if row not in errors and not state.rules.is_greedy]
-    if drawing:
-        chosen = logits if len(drawing) == len(states) else logits[drawing]
-        for row, token in zip(drawing, _draw(chosen, [states[row] for row in drawing])):
-            choice[row] = token
+    errors: dict[int, str] = {}
+    if is_changing:
+        errors = {row: NOT_FINITE for row, best in enumerate(_largest(logits)) if not math.isfinite(best)}
+        edit_scores(logits, states)
+    largest, choice = _choose(logits, states)
+    for row, best in enumerate(largest):
+        if not math.isfinite(best):
+            errors.setdefault(row, NOTHING_LEFT if is_changing else NOT_FINITE)
     logprobs: dict[int, TokenLogprobs] = {}
     if asking:
         asked = before if len(before) == len(asking) else before[asking]
@@ -178,7 +175,10 @@ def distributions(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     """
     logits = logits.float().contiguous()
     edit_scores(logits, states)
-    return row_probabilities(logits, [state.rules for state in states])
+    rules = [state.rules for state in states]
+    if logits.device.type == "cpu":
+        return draws.probabilities(logits, rules)
+    return row_probabilities(logits, rules)
 
 
 def _is_changing(state: SamplingState) -> bool:
@@ -192,23 +192,29 @@ def _is_changing(state: SamplingState) -> bool:
     )
 
 
-def _best(logits: Tensor) -> tuple[list[float], list[int]]:
-    """The largest of each row (NaN where there is one) and its place."""
-    if logits.device.type == "cpu":  # numpy's search is vectorised, torch's is not
-        rows = logits.numpy()
-        places = rows.argmax(axis=-1)
-        return rows[np.arange(len(rows)), places].tolist(), places.tolist()
-    found = logits.max(dim=-1)
-    return found.values.tolist(), found.indices.tolist()
-
-
-def _draw(logits: Tensor, states: Sequence[SamplingState]) -> list[int]:
+def _largest(logits: Tensor) -> list[float]:
+    """The largest of each row, NaN where there is one."""
     if logits.device.type == "cpu":
-        return draw_tokens(logits, states)
-    numbers = torch.tensor([state.uniform() for state in states], dtype=torch.float64)
-    probabilities = row_probabilities(logits, [state.rules for state in states])
-    tokens: list[int] = inverse_transform(probabilities, numbers).tolist()
-    return tokens
+        return draws.choose(logits, [GREEDY] * len(logits), [0.0] * len(logits))[0]
+    found: list[float] = logits.amax(dim=-1).tolist()
+    return found
+
+
+def _choose(logits: Tensor, states: Sequence[SamplingState]) -> tuple[list[float], list[int]]:
+    """The largest of each row (NaN where there is one), and the row's token."""
+    rules = [state.rules for state in states]
+    shares = [0.0 if state.rules.is_greedy else state.uniform() for state in states]
+    if logits.device.type == "cpu":
+        return draws.choose(logits, rules, shares)
+    largest = logits.max(dim=-1)
+    best, tokens = largest.values.tolist(), largest.indices.tolist()
+    drawing = [row for row, rule in enumerate(rules) if not rule.is_greedy and math.isfinite(best[row])]
+    if drawing:
+        probabilities = row_probabilities(logits[drawing], [rules[row] for row in drawing])
+        numbers = torch.tensor([shares[row] for row in drawing], dtype=torch.float64)
+        for row, token in zip(drawing, inverse_transform(probabilities, numbers).tolist()):
+            tokens[row] = token
+    return best, tokens
 
 
 def many_logprobs(logits: Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
@@ -219,19 +225,17 @@ def many_logprobs(logits: Tensor, tokens: Sequence[int], num_top: Sequence[int])
         tokens: one for each row.
         num_top: how many of the most likely ones for each row.
     """
-    # log Σ exp(x) = max x - log(the largest probability), and softmax is the fastest way to it.
-    probabilities = logits.float().softmax(dim=-1)
-    totals = logits.amax(dim=-1).double() - probabilities.amax(dim=-1).double().log()
-    places = torch.tensor(tokens, device=logits.device)[:, None]
-    own = (logits.gather(1, places).squeeze(1).double() - totals).tolist()
     most = min(max(num_top, default=0), logits.shape[-1])
-    if not most:
-        return [TokenLogprobs(logprob) for logprob in own]
-    top = most_likely(logits, most)
-    values, ids = (top[0].double() - totals[:, None]).tolist(), top[1].tolist()
+    logits = logits.float().contiguous()
+    totals, values, ids = draws.likeliest(logits, most)
+    places = torch.tensor(tokens, device=logits.device)[:, None]
+    own = logits.gather(1, places).squeeze(1).tolist()
     return [
-        TokenLogprobs(logprob, tuple(zip(ids[row][:wanted], values[row][:wanted])))
-        for row, (logprob, wanted) in enumerate(zip(own, num_top))
+        TokenLogprobs(
+            own[row] - total,
+            tuple((token, value - total) for token, value in zip(ids[row][:wanted], values[row])),
+        )
+        for row, (total, wanted) in enumerate(zip(totals, num_top))
     ]
 
 

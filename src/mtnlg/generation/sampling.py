@@ -9,6 +9,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 
 from mtnlg.config.errors import ConfigError
 
+COLDEST = 1e-30  # a colder temperature is this one: its inverse must be a float32
+HOTTEST = 1e30  # a hotter one likewise: minus infinity divided by it must stay so
 LogitBias = Mapping[int, float] | Sequence[tuple[int, float]]
 
 
@@ -86,6 +89,14 @@ class SamplingRules:
     def truncates(self) -> bool:
         """Whether a rule leaves tokens out of the draw by how likely they are."""
         return bool(self.top_k or self.top_p < 1.0 or self.min_p or self.typical_p < 1.0)
+
+    @cached_property
+    def of_chance(self) -> tuple[float, ...]:
+        """Temperature, top-k, top-p, log min-p and typical as they are computed with; 0 is greedy."""
+        temperature = min(max(self.temperature, COLDEST), HOTTEST) if self.temperature else 0.0
+        floor = float(np.log(np.float32(self.min_p))) if self.min_p else -math.inf
+        top_p, typical_p = float(np.float32(self.top_p)), float(np.float32(self.typical_p))
+        return temperature, float(self.top_k), top_p, floor, typical_p
 
     @classmethod
     def from_options(
