@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from mtnlg.config.quantize import QuantizeConfig
-from mtnlg.generation.few_rows import most_rows
 from mtnlg.generation.linears import Linear, make_linear
 from mtnlg.generation.quantized_linears import have_kernel_for, make_quantized_linear
 from mtnlg.model.mlp import ACTIVATION_FUNCTIONS
@@ -56,9 +55,8 @@ def main() -> None:
 
 @torch.inference_mode()
 def floating(dtype: torch.dtype) -> list[Linear]:
-    few = most_rows(torch.device("cpu"), dtype) > 0
     return [
-        make_linear([torch.randn(outputs, inputs)], [None], dtype, ACTIVATION_FUNCTIONS, few)
+        make_linear([torch.randn(outputs, inputs)], [None], dtype, ACTIVATION_FUNCTIONS, in_tiles=True)
         for (inputs, outputs), count in SHAPES.items()
         for _ in range(count)
     ]

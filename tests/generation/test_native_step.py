@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from tests.generation.test_fast_runner import FAMILIES, MakeModel, assert_near, make_prompts, rows_of
+from tests.generation.test_fast_runner import (
+    BOUNDS,
+    FAMILIES,
+    MakeModel,
+    assert_near,
+    make_prompts,
+    rows_of,
+)
 
-from mtnlg.generation import native_step
+from mtnlg.generation import fast_runner, native_step
 from mtnlg.generation.fast_runner import FastRunner
-from mtnlg.generation.few_rows import ACTIVATIONS, FewRows
 from mtnlg.generation.runner import PlainRunner, Row
+from mtnlg.generation.step_plan import cut_rows
+from mtnlg.generation.tiled_linear import ACTIVATIONS, TiledLinear
 from mtnlg.model.mlp import ACTIVATION_FUNCTIONS
 
 needs_kernel = pytest.mark.skipif(
@@ -33,6 +42,67 @@ def test_a_step_in_one_call_is_the_plain_one(
     for back in (3, 2, 1):
         rows = [own[index] for index, own in enumerate(_each(prompts, back))]
         assert_near(fast.run(rows), plain.run(rows), dtype)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ONE_CALL)
+def test_prompts_and_guesses_beside_single_tokens_take_one_call(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str, dtype: torch.dtype
+) -> None:
+    model = make_model(**FAMILIES[family], num_hidden_layers=2)
+    prompts = make_prompts([33, 41, 30, 47, 25])
+    begun, wanted = [0, 40, 27, 13, 19], [1, 1, 3, 0, 6]
+    fast, plain = FastRunner(model, 15, dtype=dtype, compile="on"), PlainRunner(model, 15)
+    monkeypatch.setattr(fast, "_hidden", None)
+    rows = rows_of(prompts)
+    before = [replace(row, ids=row.ids[:start]) for row, start in zip(rows, begun) if start]
+    now = [
+        replace(row, ids=row.ids[start:], start=start, num_logits=count)
+        for row, start, count in zip(rows, begun, wanted)
+    ]
+    for step in (before, now):
+        found, expected = fast.run(step), plain.run(step)
+        # So many numbers have one that bf16 rounds far off: their mean error is held to the bound.
+        assert (found - expected).norm() <= BOUNDS[dtype] * expected.norm()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_depend_neither_on_how_a_prompt_was_cut_nor_on_others(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model = make_model(**FAMILIES["llama"])
+    prompts = make_prompts([46, 21, 48])
+    runner = FastRunner(model, 9, dtype=dtype, compile="on")
+    expected = runner.run(rows_of(prompts))
+    for most in (1, 13, 46, 67):
+        monkeypatch.setattr(fast_runner, "MOST_TOKENS", most)
+        assert torch.equal(runner.run(rows_of(prompts)), expected)
+    for row, own in zip(rows_of(prompts, 18, num_logits=3), expected, strict=True):
+        assert torch.equal(runner.run([row])[-1], own)
+
+
+def test_cutting_keeps_order_and_logits() -> None:
+    rows = [
+        Row([1, 2, 3], 7, [0], 2),
+        Row([4], 0, [1], 1),
+        Row([5, 6, 7, 8, 9], 2, [2], 4),
+        Row([10], 5, [3], 0),
+    ]
+    for most in range(1, 12):
+        found = list(cut_rows(rows, most))
+        assert all(sum(len(row.ids) for row in some) == most for some in found[:-1])
+        tokens = [
+            (row.pages[0], row.start + place, token, place >= len(row.ids) - row.num_logits)
+            for some in found
+            for row in some
+            for place, token in enumerate(row.ids)
+        ]
+        assert tokens == [
+            (0, 7, 1, False), (0, 8, 2, True), (0, 9, 3, True), (1, 0, 4, True), (2, 2, 5, False),
+            (2, 3, 6, True), (2, 4, 7, True), (2, 5, 8, True), (2, 6, 9, True), (3, 5, 10, False),
+        ]  # fmt: skip
 
 
 def _each(prompts: list[list[int]], back: int) -> list[list[Row]]:
@@ -83,7 +153,7 @@ def test_changed_weights_count_after_a_refresh(make_model: MakeModel) -> None:
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name is not None])
 def test_activations_are_those_of_float64(name: str) -> None:
     values = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([0.0, 1e-6, -1e-6, 88.0, -88.0])])
-    one = FewRows(torch.ones(1, 1), None)
+    one = TiledLinear(torch.ones(1, 1), None)
     found = torch.cat([one(value.view(1, 1), name)[0] for value in values])
     function = ACTIVATION_FUNCTIONS.get(name) or (lambda x: x.relu().square())
     torch.testing.assert_close(found.double(), function(values.double()), rtol=1e-6, atol=1e-6)

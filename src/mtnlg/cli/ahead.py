@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 KERNELS = Path(mtnlg.__file__).parent / "generation" / "kernels"
 # What the processor must have for each; the kernels say the same where they are used.
 ATTENTION = {"paged_attention.cpp": ()}
-FEW_ROWS = {"few_rows.cpp": ("avx512f",), "step.cpp": ("avx512f",)}
+TILES = {"tiled_product.cpp": ("avx512f",)}
+STEP = {"step.cpp": ("avx512f",)}
 INTEGERS = {"integer_product.cpp": ("avx512_vnni",)}
 CODES = {"float_product.cpp": ("avx512f", "avx512bw", "avx512vl")}
 WORTH_BEGINNING = 10_000_000  # bytes of weights; for smaller models nothing is compiled
@@ -34,11 +35,11 @@ def begin_kernels(arguments: Namespace) -> None:
         return
     from mtnlg.native import begin
 
-    wanted: dict[str, tuple[str, ...]] = dict(_codes(Path(arguments.model)))
-    if not arguments.deterministic:
-        wanted |= {**FEW_ROWS} if not wanted else {"few_rows.cpp": FEW_ROWS["few_rows.cpp"]}
-    for file, needed in (wanted | ATTENTION).items():
-        begin(KERNELS / file, needed)
+    codes: dict[str, tuple[str, ...]] = dict(_codes(Path(arguments.model)))
+    wanted = TILES | codes | ATTENTION
+    if not codes and not arguments.deterministic:
+        wanted |= STEP
+    begin({KERNELS / file: needed for file, needed in wanted.items()})
 
 
 def _is_large(model: Path) -> bool:

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from mtnlg.generation.adapters import own_adapter_of
 from mtnlg.generation.attention_kernel import AttentionKernel, KernelShape
-from mtnlg.generation.few_rows import most_rows
 from mtnlg.generation.int8_pages import Int8PagePool
 from mtnlg.generation.linears import fewest_rows
 from mtnlg.generation.mixed_adapters import AdapterMixer
-from mtnlg.generation.native_step import NativeStep, native_step
+from mtnlg.generation.native_step import MOST_TOKENS, NativeStep, native_step
 from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared import PreparedDecoder
 from mtnlg.generation.quantized_linears import have_kernel_for
@@ -22,7 +21,7 @@ from mtnlg.generation.row_counts import filled_up
 from mtnlg.generation.runner import PAGE_SIZE, Row, with_own
 from mtnlg.generation.scored_attention import attend_scored
 from mtnlg.generation.stacked_updates import WholeBase
-from mtnlg.generation.step_plan import Piece, StepPlan, plan_single_tokens, plan_step
+from mtnlg.generation.step_plan import Piece, StepPlan, cut_rows, plan_step, plan_tokens
 from mtnlg.model import MegatronLmDecoder
 from mtnlg.model.adapters import adapter_set_aside
 from mtnlg.model.attention_scores import ScoredAttention
@@ -31,8 +30,8 @@ from mtnlg.model.attention_scores import ScoredAttention
 class FastRunner:
     """Runs all rows of a step through prepared weights (:class:`~mtnlg.generation.runner.Runner`).
 
-    Beside the model it holds a packed copy of its matrices (``weight_bytes``) and the pages; unless
-    ``compile`` is off, another copy in the form in which a few rows read them.
+    Beside the model it holds a copy of its matrices in the form in which products read them
+    (``weight_bytes``), and the pages.
 
     Args:
         model: a decoder that :func:`~mtnlg.generation.prepared.can_prepare` allows.
@@ -62,7 +61,8 @@ class FastRunner:
         self.is_invariant = deterministic
         self.takes_adapters = True
         has_integers = compile != "off" and have_kernel_for(model)
-        self._fewest = 1 if has_integers else fewest_rows(self.device, self.dtype)
+        self._in_tiles = compile != "off"
+        self._fewest = 1 if has_integers else fewest_rows(self.device, self.dtype, self._in_tiles)
         heads, size = config.key_value_heads, config.head_size
         pool = Int8PagePool if has_int8_cache else PagePool
         self._pools = {
@@ -71,9 +71,6 @@ class FastRunner:
         }
         queries = config.num_attention_heads // heads
         shape = KernelShape(heads, queries, size, page_size, self.dtype, self.device.type)
-        # A row's numbers must not depend on how many others there are.
-        may_differ = compile != "off" and not deterministic
-        self._most_of_few = most_rows(self.device, self.dtype) if may_differ else 0
         self.refresh()
         self.kernel = AttentionKernel(shape, "off" if has_int8_cache else compile, deterministic)
 
@@ -87,11 +84,7 @@ class FastRunner:
         self._native: list[NativeStep | None] = []  # made with the first step
         self._own = own_adapter_of(self.model)  # of rows that name none
         with adapter_set_aside(self.model):
-            self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._most_of_few > 0)
-
-    def _fewest_of(self, rows: Sequence[Row]) -> int:
-        """Rows of products that a step should have at least."""
-        return 1 if sum(len(row.ids) for row in rows) <= self._most_of_few else self._fewest
+            self._decoder = PreparedDecoder(self.model, self.dtype, self._fewest, self._in_tiles)
 
     @property
     def weight_bytes(self) -> int:
@@ -112,7 +105,7 @@ class FastRunner:
         ]
         if not wanted:
             return torch.empty(0, self.vocab_size, device=self.device)
-        padded = wanted + [0] * (filled_up(len(wanted), self._fewest_of(rows)) - len(wanted))
+        padded = wanted + [0] * (filled_up(len(wanted), self._fewest) - len(wanted))
         if self._mixer is not None:
             self._mixer.narrow(padded)
         last = self._decoder.norm(hidden[torch.tensor(padded, device=self.device)])
@@ -134,25 +127,24 @@ class FastRunner:
 
     def _run_natively(self, rows: Sequence[Row]) -> Tensor | None:
         """The usual step of a server, in one call; ``None`` where it takes more than that."""
-        if len(rows) > self._most_of_few or any(len(row.ids) > 1 or row.num_logits != 1 for row in rows):
-            return None
         if self._own is not None or any(row.adapter is not None for row in rows):
             return None
         step = self._native_step()
         if step is None:
             return None
-        # However much their lengths differ: the kernel reads each row's own pages only.
-        return step(plan_single_tokens(rows, self.page_size, 1, self.device))
+        found = [step(plan_tokens(some, self.page_size)) for some in cut_rows(rows, MOST_TOKENS)]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _native_step(self) -> NativeStep | None:
         if not self._native:
-            made = native_step(self._decoder, self._pools, self._most_of_few)
-            self._native.append(made if self.kernel.is_native else None)
+            # Rows with adapters take their steps otherwise, which nobody beside them may notice.
+            may_be = self.kernel.is_native and not self.is_invariant
+            self._native.append(native_step(self._decoder, self._pools) if may_be else None)
         return self._native[0]
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
         rows = with_own(rows, self._own)
-        plan = plan_step(rows, self.page_size, self._fewest_of(rows), self.is_invariant, self.device)
+        plan = plan_step(rows, self.page_size, self._fewest, self.is_invariant, self.device)
 
         mixer = self._mix(rows, plan)
         scores = self._decoder.scores

@@ -1,9 +1,10 @@
 """Matrix products of generation: weights laid out once in the order in which the processor reads them.
 
-``F.linear`` reads plain weights at a third of what memory gives when there are few rows. oneDNN, which
-torch ships, reads weights that it packed before at nearly all of it, from four rows on; with fewer, rows
-of zeros are added, which costs nothing because reading the weights is all the work. The products of a row
-do not depend on the rows beside it, nor on their number (from two on): tests/generation hold it to that.
+``F.linear`` reads plain weights at a third of what memory gives when there are few rows. Where our own
+kernel runs, it does all products (:mod:`~mtnlg.generation.tiled_linear`). Elsewhere oneDNN, which torch
+ships, reads weights that it packed before at two thirds, from four rows on; with fewer, rows of zeros are
+added, which costs nothing because reading the weights is all the work. The products of a row do not depend
+on the rows beside it, nor on their number (with oneDNN from two on): tests/generation hold it to that.
 docs/generation-speed.md has the measurements.
 """
 
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtnlg.generation.few_rows import FewRows, most_rows
 from mtnlg.generation.huge_pages import LATER
+from mtnlg.generation.tiled_linear import TiledLinear, can_tile
 
 # Rows for which oneDNN is asked to lay the weights out; the same layout then serves any number. Measured
 # for 1 to 128 rows on AVX-512: float32 is fastest with this, bf16 does not care.
@@ -67,27 +68,17 @@ class PackedLinear:
     Args:
         weight: [out, in].
         bias: [out].
-        few: takes what is up to ``most`` rows, of the same matrix.
-        most: see ``few``.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        few: FewRows | None = None,
-        most: int = 0,
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         # Looked up once: a step calls them hundreds of times.
         self._plain = torch.ops.mkldnn._linear_pointwise.default
         self._with_other = torch.ops.mkldnn._linear_pointwise.binary
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
         self.bias = bias
-        self.few, self._most = few, most
-        self.num_bytes = weight.nbytes + (0 if few is None else few.num_bytes)
+        self.num_bytes = weight.nbytes
         place = torch.ops.mkldnn.data_ptr(self.weight), torch.ops.mkldnn._nbytes(self.weight)
-        if few is None:  # else many rows alone read these, and their products are arithmetic
-            LATER.add(self.weight, *place)
+        LATER.add(self.weight, *place)
 
     def __call__(
         self,
@@ -97,8 +88,6 @@ class PackedLinear:
         times: Tensor | None = None,
     ) -> Tensor:
         """See :class:`Linear`."""
-        if self.few is not None and rows.shape[0] <= self._most:
-            return self.few(rows, activation, plus, times)
         if plus is not None:
             return self._with_other(rows, plus, self.weight, self.bias, "add")
         if times is not None:
@@ -154,9 +143,10 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def fewest_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """How many rows a step should have at least."""
-    return FEWEST_ROWS if can_pack(device, dtype) else 1
+def fewest_rows(device: torch.device, dtype: torch.dtype, in_tiles: bool = False) -> int:
+    """How many rows a step should have at least (see :func:`make_linear`)."""
+    is_packed = can_pack(device, dtype) and not (in_tiles and can_tile(device, dtype))
+    return FEWEST_ROWS if is_packed else 1
 
 
 def make_linear(
@@ -164,7 +154,7 @@ def make_linear(
     biases: Sequence[Tensor | None],
     dtype: torch.dtype,
     activations: Activations,
-    for_few_rows: bool = False,
+    in_tiles: bool = False,
 ) -> Linear:
     """One linear layer that gives the outputs of several side by side.
 
@@ -173,15 +163,14 @@ def make_linear(
         biases: of each; all or none.
         dtype: to compute in.
         activations: functions by name.
-        for_few_rows: hold them as products of a few rows read them, too, where there is a kernel for that
-            (:mod:`~mtnlg.generation.few_rows`).
+        in_tiles: by our own kernel (:mod:`~mtnlg.generation.tiled_linear`), where it runs.
     """
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     given = [bias for bias in biases if bias is not None]
     bias = torch.cat(given).to(dtype) if given else None
     laid_out = weight.to(dtype)
+    if in_tiles and can_tile(laid_out.device, dtype):
+        return TiledLinear(laid_out, bias)
     if can_pack(laid_out.device, dtype):
-        most = most_rows(laid_out.device, dtype) if for_few_rows else 0
-        few = FewRows(laid_out, bias) if most else None
-        return PackedLinear(laid_out, bias, few, most)
+        return PackedLinear(laid_out, bias)
     return PlainLinear(laid_out, bias, activations, laid_out is not weights[0])

@@ -1,4 +1,4 @@
-"""A step of single tokens in one call: the whole decoder as a list of operations (``kernels/step.cpp``).
+"""A step in one call: the whole decoder as a list of operations (``kernels/step.cpp``).
 
 A step of a small model is a hundred operations of some ten microseconds. Called one by one, each wakes the
 threads anew, and Python and torch look at every argument. The list is made once; a step fills in where its
@@ -13,17 +13,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mtnlg.generation.few_rows import ACTIVATIONS, IS_BF16, FewRows
-from mtnlg.generation.linears import Linear, PackedLinear
+from mtnlg.generation.linears import Linear
 from mtnlg.generation.native import NativeKernel
 from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared import PreparedDecoder
 from mtnlg.generation.prepared_blocks import PreparedExperts, PreparedMlp, PreparedNorm
 from mtnlg.generation.prepared_layers import PreparedLayer, PreparedParallelLayer, TokenRotations
-from mtnlg.generation.step_plan import StepPlan
+from mtnlg.generation.step_plan import TokenPlan
+from mtnlg.generation.tiled_linear import ACTIVATIONS, IS_BF16, TiledLinear
 
 LANES = 16
+MOST_TOKENS = 512  # of one call
 NORM, PRODUCT, TURN, ATTEND = range(4)
+OF_RMS, WANTED = 1, 2  # flags of norms
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 KERNEL = NativeKernel("step.cpp", "mtnlg_step", [_POINTER, _INTEGER, _POINTER, _INTEGER], ["avx512f"])
 
@@ -39,30 +41,29 @@ class _Operation(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _INTEGER) for name in ("rows", "threads", "table")),
-        *((name, _POINTER) for name in ("logits", "new_pages", "new_places", "pages", "lengths")),
-        *((name, _POINTER) for name in ("cosine", "sine")),
+        *((name, _INTEGER) for name in ("tokens", "threads", "table")),
+        *((name, _POINTER) for name in ("logits", "new_pages", "new_places", "pages", "lengths", "groups")),
+        ("num_groups", _INTEGER),
+        *((name, _POINTER) for name in ("cosine", "sine", "wanted")),
+        ("num_wanted", _INTEGER),
     )
 
 
-def native_step(
-    decoder: PreparedDecoder, pools: Mapping[int, PagePool], most_rows: int
-) -> NativeStep | None:
+def native_step(decoder: PreparedDecoder, pools: Mapping[int, PagePool]) -> NativeStep | None:
     """``decoder`` as one list of operations.
 
     Args:
-        decoder: prepared with products of few rows.
+        decoder: prepared in tiles.
         pools: keys and values of each layer.
-        most_rows: that a step can have.
 
     Returns:
         ``None`` where the model has parts that the list does not know, or there is no kernel.
     """
     layers = decoder.layers
     known = all(_is_known(layer) and type(pools[layer.index]) is PagePool for layer in layers)
-    if not known or not _has_few(decoder.output) or not _fits(decoder.norm) or KERNEL.load() is None:
+    if not known or not _is_tiled(decoder.output) or not _fits(decoder.norm) or KERNEL.load() is None:
         return None
-    return NativeStep(decoder, pools, most_rows)
+    return NativeStep(decoder, pools)
 
 
 def _is_known(layer: PreparedLayer) -> bool:
@@ -71,11 +72,11 @@ def _is_known(layer: PreparedLayer) -> bool:
     if layer.scores is not None or layer.query_scale != 1.0 or layer.query_norm is not None:
         return False
     norms = layer.attention_norm, layer.mlp_norm
-    return all(map(_fits, norms)) and all(map(_has_few, layer.linears))
+    return all(map(_fits, norms)) and all(map(_is_tiled, layer.linears))
 
 
-def _has_few(linear: Linear) -> bool:
-    return type(linear) is PackedLinear and linear.few is not None and not linear.few.missing
+def _is_tiled(linear: Linear) -> bool:
+    return type(linear) is TiledLinear and not linear.missing
 
 
 def _fits(norm: PreparedNorm) -> bool:
@@ -85,51 +86,53 @@ def _fits(norm: PreparedNorm) -> bool:
 class NativeStep:
     """See :func:`native_step`, which checks that the model can be run so.
 
-    Call it with a plan of single tokens, one for each row, in one group; it gives the logits
-    [rows, vocab] in float32.
+    Call it with a plan of up to :data:`MOST_TOKENS`; it gives the logits [wanted, vocab] in float32.
     """
 
-    def __init__(self, decoder: PreparedDecoder, pools: Mapping[int, PagePool], most_rows: int) -> None:
+    def __init__(self, decoder: PreparedDecoder, pools: Mapping[int, PagePool]) -> None:
         self._decoder, self._pools = decoder, pools  # the list points at what they hold
-        self._function, self._held = KERNEL.load(), list[Tensor]()
-        self._rows, self._dtype = most_rows, decoder.dtype
+        self._function, self._held = KERNEL.load(), dict[tuple[str, int], Tensor]()
+        self._dtype = decoder.dtype
         self._flags = IS_BF16 * (decoder.dtype == torch.bfloat16)
         output = decoder.output
-        assert isinstance(output, PackedLinear) and output.few is not None
-        self._vocab_size = output.few.outputs
-        self._hidden = self._buffer(decoder.norm.weight.numel())
-        self._normed, self._beside = torch.empty_like(self._hidden), torch.empty_like(self._hidden)
+        self._vocab_size = _tiled(output).outputs
+        width = decoder.norm.weight.numel()
+        self._hidden, self._normed = self._buffer("hidden", width), self._buffer("normed", width)
         found: list[_Operation] = []
         for layer in decoder.layers:
             self._add_layer(found, layer)
-        found.append(self._norm(decoder.norm, self._normed))
+        self._num_layered = len(found)
+        found.append(self._norm(decoder.norm, self._normed, WANTED))
         found.append(self._product(output, self._normed, None))
         self._operations = (_Operation * len(found))(*found)
 
-    def __call__(self, plan: StepPlan) -> Tensor:
+    def __call__(self, plan: TokenPlan) -> Tensor:
         """See the class."""
-        count, group = plan.num_tokens, plan.singles[0]
-        ids, positions = plan.ids[:count], plan.positions[:count]
-        self._hidden[:count] = self._decoder.embed(ids, positions)
-        logits = self._hidden.new_empty(count, self._vocab_size)
-        rotations = TokenRotations(self._decoder.config, positions, self._dtype)
+        count, num_wanted = len(plan.ids), len(plan.wanted)
+        self._hidden[:count] = self._decoder.embed(plan.ids, plan.positions)
+        logits = self._hidden.new_empty(num_wanted, self._vocab_size)
+        step = _Step(count, torch.get_num_threads(), plan.pages.shape[1], logits.data_ptr())
+        for name in ("new_pages", "new_places", "pages", "lengths", "groups", "wanted"):
+            setattr(step, name, getattr(plan, name).data_ptr())
+        step.num_groups, step.num_wanted = len(plan.groups), num_wanted
+        rotations = TokenRotations(self._decoder.config, plan.positions, self._dtype)
         rotation = rotations.of_layer(self._decoder.layers[0])
         turned = () if rotation is None else (rotation[0].contiguous(), rotation[1].contiguous())
-        where = [x.contiguous() for x in (plan.pages, plan.places, group.pages, group.lengths)]
-        step = _Step(count, torch.get_num_threads(), group.pages.shape[1], logits.data_ptr())
-        step.new_pages, step.new_places, step.pages, step.lengths = (x.data_ptr() for x in where)
         if turned:
             step.cosine, step.sine = (x.data_ptr() for x in turned)
-        self._function(self._operations, len(self._operations), ctypes.byref(step), self._flags)
+        num_operations = len(self._operations) if num_wanted else self._num_layered
+        self._function(self._operations, num_operations, ctypes.byref(step), self._flags)
         return logits.float()
 
     def _add_layer(self, found: list[_Operation], layer: PreparedLayer) -> None:
         is_parallel = type(layer) is PreparedParallelLayer
         hidden, normed = self._hidden, self._normed
-        projected, context = self._buffer(sum(layer.sizes)), self._buffer(layer.sizes[0])
+        projected = self._buffer("projected", sum(layer.sizes))
+        context = self._buffer("context", layer.sizes[0])
         found.append(self._norm(layer.attention_norm, normed))
+        beside = self._buffer("beside", hidden.shape[1]) if is_parallel else normed
         if is_parallel:
-            found.append(self._norm(layer.mlp_norm, self._beside))
+            found.append(self._norm(layer.mlp_norm, beside))
         found.append(self._product(layer.query_key_value, normed, projected))
         if self._decoder.config.position_embedding == "rotary":
             found.append(self._turn(layer, projected))
@@ -137,30 +140,32 @@ class NativeStep:
         found.append(self._product(layer.output, context, hidden, plus=hidden))
         if not is_parallel:
             found.append(self._norm(layer.mlp_norm, normed))
-        self._add_mlp(found, layer.mlp, self._beside if is_parallel else normed)
+        self._add_mlp(found, layer.mlp, beside)
 
     def _add_mlp(self, found: list[_Operation], mlp: PreparedMlp | PreparedExperts, source: Tensor) -> None:
         assert isinstance(mlp, PreparedMlp)
-        between = self._buffer(_few(mlp.up).outputs)
+        between = self._buffer("between", _tiled(mlp.up).outputs)
         if mlp.gate is None:
             found.append(self._product(mlp.up, source, between, mlp.activation))
         else:
-            gate = self._buffer(_few(mlp.gate).outputs)
+            gate = self._buffer("gate", _tiled(mlp.gate).outputs)
             found.append(self._product(mlp.gate, source, gate, mlp.activation))
             found.append(self._product(mlp.up, source, between, times=gate))
         found.append(self._product(mlp.down, between, self._hidden, plus=self._hidden))
 
-    def _buffer(self, size: int) -> Tensor:
-        """[rows, size], zero; one for all layers would do, but none is large."""
-        self._held.append(torch.zeros(self._rows, size, dtype=self._dtype))
-        return self._held[-1]
+    def _buffer(self, name: str, size: int) -> Tensor:
+        """[tokens, size], zero; layers use it one after the other."""
+        key = name, size
+        if key not in self._held:  # memory is taken when it is written to
+            self._held[key] = torch.zeros(MOST_TOKENS, size, dtype=self._dtype)
+        return self._held[key]
 
-    def _norm(self, norm: PreparedNorm, target: Tensor) -> _Operation:
+    def _norm(self, norm: PreparedNorm, target: Tensor, flags: int = 0) -> _Operation:
         bias = None if norm.bias is None else norm.bias.data_ptr()
         return _Operation(
             NORM,
             0,
-            norm.is_rms,
+            flags + OF_RMS * norm.is_rms,
             *(self._hidden.data_ptr(), target.data_ptr(), norm.weight.data_ptr(), bias),
             sizes=(norm.weight.numel(),),
             epsilon=norm.eps,
@@ -175,7 +180,7 @@ class NativeStep:
         plus: Tensor | None = None,
         times: Tensor | None = None,
     ) -> _Operation:
-        few = _few(linear)
+        tiled = _tiled(linear)
         other = times if plus is None else plus
         return _Operation(
             PRODUCT,
@@ -183,10 +188,10 @@ class NativeStep:
             plus is not None,
             source.data_ptr(),
             None if target is None else target.data_ptr(),
-            few.tiles.data_ptr(),
-            None if few.bias is None else few.bias.data_ptr(),
+            tiled.tiles.data_ptr(),
+            None if tiled.bias is None else tiled.bias.data_ptr(),
             None if other is None else other.data_ptr(),
-            (few.outputs, few.words),
+            (tiled.outputs, tiled.words),
         )
 
     def _turn(self, layer: PreparedLayer, projected: Tensor) -> _Operation:
@@ -206,6 +211,6 @@ class NativeStep:
         )
 
 
-def _few(linear: Linear) -> FewRows:
-    assert isinstance(linear, PackedLinear) and linear.few is not None
-    return linear.few
+def _tiled(linear: Linear) -> TiledLinear:
+    assert isinstance(linear, TiledLinear)
+    return linear

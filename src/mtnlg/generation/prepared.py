@@ -84,9 +84,11 @@ def _is_attended_here(attention: Attention) -> bool:
 class PreparedHead:
     """The output projection with what stands around it in some models: a narrower width, a soft cap."""
 
-    def __init__(self, output: Linear, head: Head, dtype: torch.dtype) -> None:
+    def __init__(self, output: Linear, head: Head, dtype: torch.dtype, in_tiles: bool) -> None:
         self.output, self.softcap = output, head.softcap
-        self.projection = None if head.projection is None else prepared_linear([head.projection], dtype)
+        self.projection = None
+        if head.projection is not None:
+            self.projection = prepared_linear([head.projection], dtype, in_tiles)
         self.num_bytes = output.num_bytes
 
     def __call__(self, rows: Tensor, *others: Any, **options: Any) -> Tensor:
@@ -96,11 +98,11 @@ class PreparedHead:
         return softcapped(self.output(rows, *others, **options), self.softcap)
 
 
-def prepared_head(output: Linear, head: Head, dtype: torch.dtype) -> Linear:
+def prepared_head(output: Linear, head: Head, dtype: torch.dtype, in_tiles: bool = False) -> Linear:
     """``output``, or with what stands around it."""
     if head.projection is None and head.softcap is None:
         return output
-    return PreparedHead(output, head, dtype)
+    return PreparedHead(output, head, dtype, in_tiles)
 
 
 class PreparedDecoder:
@@ -110,11 +112,11 @@ class PreparedDecoder:
         model: as :func:`can_prepare` allows; its embeddings are used where they lie.
         dtype: to compute in.
         fewest: rows that a product should have at least.
-        for_few_rows: hold the matrices as products of a few rows read them, too.
+        in_tiles: see :func:`~mtnlg.generation.linears.make_linear`.
     """
 
     def __init__(
-        self, model: MegatronLmDecoder, dtype: torch.dtype, fewest: int, for_few_rows: bool = False
+        self, model: MegatronLmDecoder, dtype: torch.dtype, fewest: int, in_tiles: bool = False
     ) -> None:
         assert model.embedding is not None and model.head is not None
         self.config, self.dtype = model.config, dtype
@@ -134,11 +136,11 @@ class PreparedDecoder:
         self.layers: list[PreparedLayer] = []
         for layer in model.layers.values():
             assert isinstance(layer, DecoderLayer)
-            self.layers.append(prepare_layer(layer, activation, dtype, fewest, for_few_rows))
+            self.layers.append(prepare_layer(layer, activation, dtype, fewest, in_tiles))
         self.scores = {layer.index: layer.scores for layer in self.layers}
         self.norm = PreparedNorm(model.head.norm, dtype)
-        output = prepared_linear([model.head.output], dtype, for_few_rows)
-        self.output = prepared_head(output, model.head, dtype)
+        output = prepared_linear([model.head.output], dtype, in_tiles)
+        self.output = prepared_head(output, model.head, dtype, in_tiles)
 
     def _look_up(self, ids: Tensor) -> Tensor:
         return self.tokens[ids].to(self.dtype)

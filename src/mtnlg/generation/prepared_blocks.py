@@ -77,8 +77,15 @@ class PreparedMlp:
 class PreparedExperts:
     """A mixture of experts, each of them prepared (:class:`mtnlg.model.moe.MixtureOfExperts`)."""
 
-    def __init__(self, mixture: MixtureOfExperts, activation: str, dtype: torch.dtype, fewest: int) -> None:
-        make = partial(_linear, dtype=dtype)
+    def __init__(
+        self,
+        mixture: MixtureOfExperts,
+        activation: str,
+        dtype: torch.dtype,
+        fewest: int,
+        in_tiles: bool = False,
+    ) -> None:
+        make = partial(_linear, dtype=dtype, in_tiles=in_tiles)
         experts, self.fewest = mixture.experts, fewest
         gates = [None] * len(experts.up) if experts.gate is None else list(experts.gate.detach())
         self.experts = [
@@ -86,13 +93,14 @@ class PreparedExperts:
             for up, gate, down in zip(experts.up.detach(), gates, experts.down.detach())
         ]
         shared = mixture.shared
-        self.shared = None if shared is None else prepared_mlp(shared, activation, dtype)
+        self.shared = None if shared is None else prepared_mlp(shared, activation, dtype, in_tiles)
         gate = mixture.shared_gate
         self.shared_gate: Linear | None = None  # [1, hidden]
         if gate is not None:
             weight = gate.weight.detach().to(dtype)
             self.shared_gate = PlainLinear(weight, None, ACTIVATION_FUNCTIONS, is_copy=False)
-        self.score = _linear(mixture.router.weight.detach().float(), dtype=torch.float32)
+        score = mixture.router.weight.detach().float()
+        self.score = _linear(score, torch.float32, in_tiles)
         self.router = copy.copy(mixture.router)  # the same weights under another product
         self.router.logits_function = lambda hidden, weight: self.score(hidden[0].float())[None]
 
@@ -124,24 +132,24 @@ class PreparedExperts:
         return [self.score, *(linear for mlp in mlps for linear in mlp.linears)]
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Linear:
-    return make_linear([weight], [bias], dtype, ACTIVATION_FUNCTIONS)
+def _linear(weight: Tensor, dtype: torch.dtype, in_tiles: bool) -> Linear:
+    return make_linear([weight], [None], dtype, ACTIVATION_FUNCTIONS, in_tiles)
 
 
 def prepared_linear(
-    modules: Sequence[nn.Linear | QuantizedLinear], dtype: torch.dtype, for_few_rows: bool = False
+    modules: Sequence[nn.Linear | QuantizedLinear], dtype: torch.dtype, in_tiles: bool = False
 ) -> Linear:
     """One linear layer that gives the outputs of several side by side."""
     quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
     if len(quantized) == len(modules):
-        return make_quantized_linear(quantized, dtype, ACTIVATION_FUNCTIONS, for_few_rows)
+        return make_quantized_linear(quantized, dtype, ACTIVATION_FUNCTIONS, in_tiles)
     biases = [None if module.bias is None else module.bias.detach() for module in modules]
     weights = [module.weight.detach() for module in modules]
-    return make_linear(weights, biases, dtype, ACTIVATION_FUNCTIONS, for_few_rows)
+    return make_linear(weights, biases, dtype, ACTIVATION_FUNCTIONS, in_tiles)
 
 
-def prepared_mlp(mlp: Mlp, activation: str, dtype: torch.dtype, for_few_rows: bool = False) -> PreparedMlp:
+def prepared_mlp(mlp: Mlp, activation: str, dtype: torch.dtype, in_tiles: bool = False) -> PreparedMlp:
     """``mlp`` in the form in which generation runs it."""
-    gate = None if mlp.gate is None else prepared_linear([mlp.gate], dtype, for_few_rows)
-    up, down = (prepared_linear([module], dtype, for_few_rows) for module in (mlp.up, mlp.down))
+    gate = None if mlp.gate is None else prepared_linear([mlp.gate], dtype, in_tiles)
+    up, down = (prepared_linear([module], dtype, in_tiles) for module in (mlp.up, mlp.down))
     return PreparedMlp(up, gate, down, activation)

@@ -41,7 +41,7 @@ class PreparedLayer:
         activation: str,
         dtype: torch.dtype,
         fewest: int,
-        for_few_rows: bool = False,
+        in_tiles: bool = False,
     ) -> None:
         attention = layer.attention
         self.index, self.head_size = attention.layer_index, attention.head_size
@@ -52,17 +52,17 @@ class PreparedLayer:
         self.mlp_norm = PreparedNorm(layer.mlp_norm, dtype)
         three = (attention.query, attention.key, attention.value)
         self.sizes = [linear.out_features for linear in three]
-        self.query_key_value = prepared_linear(three, dtype, for_few_rows)
-        self.output = prepared_linear([attention.output], dtype, for_few_rows)
+        self.query_key_value = prepared_linear(three, dtype, in_tiles)
+        self.output = prepared_linear([attention.output], dtype, in_tiles)
         self.query_norm = self.key_norm = None
         if attention.query_norm is not None and attention.key_norm is not None:
             self.query_norm = PreparedNorm(attention.query_norm, dtype)
             self.key_norm = PreparedNorm(attention.key_norm, dtype)
         self.mlp: PreparedMlp | PreparedExperts
         if isinstance(layer.mlp, MixtureOfExperts):
-            self.mlp = PreparedExperts(layer.mlp, activation, dtype, fewest)
+            self.mlp = PreparedExperts(layer.mlp, activation, dtype, fewest, in_tiles)
         else:
-            self.mlp = prepared_mlp(layer.mlp, activation, dtype, for_few_rows)
+            self.mlp = prepared_mlp(layer.mlp, activation, dtype, in_tiles)
 
     def __call__(self, hidden: Tensor, rotation: Rotation | None, attend: Attend) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]"""
@@ -140,10 +140,10 @@ PREPARED_LAYERS: dict[type[DecoderLayer], type[PreparedLayer]] = {
 
 
 def prepare_layer(
-    layer: DecoderLayer, activation: str, dtype: torch.dtype, fewest: int, for_few_rows: bool = False
+    layer: DecoderLayer, activation: str, dtype: torch.dtype, fewest: int, in_tiles: bool = False
 ) -> PreparedLayer:
     """``layer`` in the form in which generation runs it."""
-    return PREPARED_LAYERS[type(layer)](layer, activation, dtype, fewest, for_few_rows)
+    return PREPARED_LAYERS[type(layer)](layer, activation, dtype, fewest, in_tiles)
 
 
 class TokenRotations:

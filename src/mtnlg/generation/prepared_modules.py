@@ -32,10 +32,10 @@ def with_prepared_linears(model: MegatronEncoderDecoder, dtype: torch.dtype) -> 
             found.__dict__[name] = model.__dict__[name]
     for name, child in model._modules.items():
         found._modules[name] = copy.deepcopy(child, known)
-    fewest = fewest_rows(next(model.parameters()).device, dtype)
+    fewest = fewest_rows(next(model.parameters()).device, dtype, in_tiles=True)
     for module in found.modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
-            prepared = prepared_linear([module], dtype, for_few_rows=True)
+            prepared = prepared_linear([module], dtype, in_tiles=True)
             module.forward = partial(_multiply, prepared, fewest)  # type: ignore[method-assign]
     return found.eval()
 

@@ -148,7 +148,7 @@ def make_quantized_linear(
     modules: Sequence[QuantizedLinear],
     dtype: torch.dtype,
     activations: Activations,
-    for_few_rows: bool = False,
+    in_tiles: bool = False,
 ) -> Linear:
     """One product that gives the outputs of several quantized layers side by side.
 
@@ -156,7 +156,7 @@ def make_quantized_linear(
         modules: the layers, of one config.
         dtype: of rows and outputs.
         activations: functions by name.
-        for_few_rows: see :func:`~mtnlg.generation.linears.make_linear`.
+        in_tiles: see :func:`~mtnlg.generation.linears.make_linear`.
     """
     biases = [None if module.bias is None else module.bias.detach() for module in modules]
     kernel = kernel_of(modules[0])
@@ -168,7 +168,7 @@ def make_quantized_linear(
         length, codes = modules[0].group_length, _side_by_side(modules)
         return CodesLinear(codes, length, is_int4, bias, activations, kernel.loaded, modules[0].order)
     weights = [module.dequantize().to(dtype) for module in modules]
-    inner = make_linear(weights, biases, dtype, activations, for_few_rows)
+    inner = make_linear(weights, biases, dtype, activations, in_tiles)
     return RoundedLinear(inner) if modules[0].config.activations == "int8" else inner
 
 

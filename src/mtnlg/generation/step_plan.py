@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from mtnlg.generation.runner import Row
 FEWEST_OF_A_PIECE = 16  # new tokens of a row from which on its queries go through attention together
 SMALL_PAGES = 64  # pages read in vain that are not worth a call of their own
 MOST_SINGLES = 128  # tokens of one call, whose attention weights are all held
+TOGETHER = 32  # tokens of a row that read its pages together
 
 
 @dataclass
@@ -75,6 +76,95 @@ class StepPlan:
     singles: list[Singles]
     pieces: list[Piece]
     of_rows: list[np.ndarray]
+
+
+@dataclass
+class TokenPlan:
+    """Where everything of a step is for which each token attends for itself, row after row.
+
+    Args:
+        ids: [tokens].
+        positions: [tokens].
+        new_pages: [tokens] page that each is filed in.
+        new_places: [tokens] place in it.
+        pages: [rows, pages of the longest].
+        lengths: [tokens] keys that each sees, its own included.
+        groups: [groups, 3]: first token, number of tokens that follow each other, row.
+        wanted: [logits] tokens whose logits are wanted.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    new_pages: Tensor
+    new_places: Tensor
+    pages: Tensor
+    lengths: Tensor
+    groups: Tensor
+    wanted: Tensor
+
+
+def plan_tokens(rows: Sequence[Row], page_size: int) -> TokenPlan:
+    """Lay the rows out as they come, for a CPU.
+
+    Args:
+        rows: of the step.
+        page_size: tokens of a page.
+    """
+    counts = np.array([len(row.ids) for row in rows])
+    starts = np.array([row.start for row in rows])
+    ends = counts.cumsum()
+    firsts = ends - counts
+    held = (starts + counts - 1) // page_size + 1
+    pages = np.zeros((len(rows), held.max()), dtype=np.int64)
+    for own, row, count in zip(pages, rows, held):
+        own[:count] = row.pages[:count]
+    if counts.max() == 1:
+        ids = np.array([row.ids[0] for row in rows], dtype=np.int64)
+        positions, of_row = starts, np.arange(len(rows))
+        groups = np.stack([of_row, counts, of_row], axis=1)
+    else:
+        ids = np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows])
+        of_row = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(len(ids)) + (starts - firsts)[of_row]
+        groups = _token_groups(firsts, counts)
+    logits = [place for end, row in zip(ends.tolist(), rows) for place in range(end - row.num_logits, end)]
+    found = ids, positions, pages[of_row, positions // page_size], positions % page_size
+    wanted = np.array(logits, dtype=np.int64)
+    return TokenPlan(*map(torch.from_numpy, (*found, pages, positions + 1, groups, wanted)))
+
+
+def cut_rows(rows: Sequence[Row], most: int) -> Iterator[list[Row]]:
+    """The same tokens in the same order, at most so many at a time; logits stay with their tokens."""
+    some: list[Row] = []
+    room = most
+    for row in rows:
+        begin, count = 0, len(row.ids)
+        while begin < count:
+            end = min(begin + room, count)
+            some.append(row if end - begin == count else _part(row, begin, end))
+            begin, room = end, room - (end - begin)
+            if not room:
+                yield some
+                some, room = [], most
+    if some:
+        yield some
+
+
+def _part(row: Row, begin: int, end: int) -> Row:
+    """Some of its tokens, with those of its logits that are theirs."""
+    num_behind = len(row.ids) - end
+    num_logits = min(end - begin, max(0, row.num_logits - num_behind))
+    return replace(row, ids=row.ids[begin:end], start=row.start + begin, num_logits=num_logits)
+
+
+def _token_groups(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Tokens that follow each other, some at a time: [groups, 3]."""
+    groups = [
+        (first + begin, min(TOGETHER, count - begin), row)
+        for row, (first, count) in enumerate(zip(firsts.tolist(), counts.tolist()))
+        for begin in range(0, count, TOGETHER)
+    ]
+    return np.array(groups)
 
 
 def plan_step(

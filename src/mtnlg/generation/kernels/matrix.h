@@ -1,6 +1,7 @@
-// A few rows by a matrix, summed in float32.
+// Rows by a matrix, summed in float32.
 //
-// Weights lie in tiles of 32 outputs, which are read once, from the first byte to the last, for all rows.
+// Weights lie in tiles of 32 outputs, which are read once, from the first byte to the last: the second cache
+// keeps a tile while all rows go over it, some at a time.
 // In bf16 two inputs of an output lie side by side, as vdpbf16ps takes them. An output's sum runs over its
 // inputs in their order: it does not depend on other rows nor on the number of threads.
 
@@ -29,26 +30,19 @@ struct Outputs {
 };
 
 template <typename Number>
-void store(const Floats* sums, const Matrix& m, const Outputs& out, int64_t row, int64_t first) {
-  const int64_t count = std::min(kTile, m.outputs - first), place = row * m.outputs + first;
-  auto* values = static_cast<typename Number::Value*>(out.values) + place;
-  const auto* other = static_cast<const typename Number::Value*>(out.other) + (out.other ? place : 0);
-  float found[kTile];
-  std::memcpy(found, sums, sizeof(found));
-  if (m.bias) {
-    for (int64_t i = 0; i < count; ++i) found[i] += m.bias[first + i];
-  }
-  if (out.activation != kNone) {
-    for (int64_t i = 0; i < kTile; i += kLanes) {
-      Float32::store(found + i, activated(load_floats(found + i), out.activation));
+inline void store(const Floats* sums, const Matrix& m, const Outputs& out, int64_t row, int64_t first) {
+  typedef typename Number::Value Value;
+  for (int64_t half = 0; half < 2 && first < m.outputs; ++half, first += kLanes) {
+    const int64_t count = m.outputs - first, place = row * m.outputs + first;
+    Floats found = sums[half];
+    if (m.bias) found += load_some<Float32>(m.bias + first, count);
+    if (out.activation != kNone) found = activated(found, out.activation);
+    if (out.other) {
+      const Floats other = load_some<Number>(static_cast<const Value*>(out.other) + place, count);
+      found = out.is_sum ? found + other : found * other;
     }
+    store_some<Number>(static_cast<Value*>(out.values) + place, found, count);
   }
-  if (other && out.is_sum) {
-    for (int64_t i = 0; i < count; ++i) found[i] += Number::get(other[i]);
-  } else if (other) {
-    for (int64_t i = 0; i < count; ++i) found[i] *= Number::get(other[i]);
-  }
-  for (int64_t i = 0; i < count; ++i) values[i] = Number::put(found[i]);
 }
 
 template <typename Number, int kRows>

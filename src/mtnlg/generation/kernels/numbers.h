@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX512BF16__
@@ -48,8 +49,11 @@ struct Bf16 {
     std::memcpy(&halves, place, sizeof(halves));
     return (Floats)(__builtin_convertvector(halves, Words) << 16);
   }
-  static inline void store(uint16_t* place, Floats values) {
-    for (int64_t i = 0; i < kLanes; ++i) place[i] = put(values[i]);
+  static inline void store(uint16_t* place, Floats values) {  // see put
+    const Words bits = (Words)values, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words found = values != values ? Words{} + 0x7fc0 : rounded;
+    const Halves halves = __builtin_convertvector(found, Halves);
+    std::memcpy(place, &halves, sizeof(halves));
   }
   static inline float get(uint16_t value) {
     const uint32_t bits = uint32_t(value) << 16;
@@ -78,6 +82,23 @@ struct Bf16 {
   }
 };
 
+// Up to sixteen numbers, zeros behind them.
+template <typename Number>
+inline Floats load_some(const typename Number::Value* place, int64_t count) {
+  if (count >= kLanes) return Number::load(place);
+  typename Number::Value padded[kLanes] = {};
+  std::memcpy(padded, place, count * sizeof(*place));
+  return Number::load(padded);
+}
+
+template <typename Number>
+inline void store_some(typename Number::Value* place, Floats values, int64_t count) {
+  if (count >= kLanes) return Number::store(place, values);
+  typename Number::Value padded[kLanes];
+  Number::store(padded, values);
+  std::memcpy(place, padded, count * sizeof(*place));
+}
+
 inline float sum_of(Floats values) {
   float total = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) total += values[lane];
@@ -102,7 +123,7 @@ inline Floats exponential(Floats x) {
 
 inline Floats size_of(Floats x) { return (Floats)((Words)x & 0x7fffffffu); }
 
-// As few_rows.py numbers them.
+// As tiled_linear.py numbers them.
 enum Activation : int64_t { kNone, kGelu, kGeluTanh, kRelu, kSilu, kSquaredRelu };
 
 // 1/2 (1 + erf(x / sqrt 2)), by Abramowitz and Stegun 7.1.26: error below 1e-7.

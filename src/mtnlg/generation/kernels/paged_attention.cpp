@@ -9,13 +9,14 @@ extern "C" void mtnlg_attend(const void* parts, void* found, void* keys, void* v
                              const int64_t* sizes, int64_t flags) {
   Sizes s;
   std::memcpy(&s, sizes, sizeof(s));
+  const Places at{new_pages, new_places, pages, lengths, nullptr, s.tokens};
   if (flags & 1) {
     const Pools<Bf16> pools{static_cast<uint16_t*>(keys), static_cast<uint16_t*>(values)};
 #pragma omp parallel num_threads(s.threads)
-    share_attention(s, parts, found, pools, new_pages, new_places, pages, lengths);
+    share_attention(s, parts, found, pools, at);
   } else {
     const Pools<Float32> pools{static_cast<float*>(keys), static_cast<float*>(values)};
 #pragma omp parallel num_threads(s.threads)
-    share_attention(s, parts, found, pools, new_pages, new_places, pages, lengths);
+    share_attention(s, parts, found, pools, at);
   }
 }

@@ -1,10 +1,10 @@
-// A whole step of a decoder for a few rows: a list of operations, which all threads go through together.
+// A whole step of a decoder: a list of operations, which all threads go through together.
 //
 // Threads are asked once for a step instead of once for each of a hundred operations, and between two of
 // them they wait for each other without going to sleep.
 
 #ifndef __AVX512F__
-#error "needs AVX-512: see few_rows.cpp"
+#error "needs AVX-512: see tiled_product.cpp"
 #endif
 
 #include "matrix.h"
@@ -14,7 +14,9 @@ namespace {
 
 enum Kind : int64_t { kNorm, kProduct, kTurn, kAttend };
 
-// As native_step.py fills it in. Rows are [rows][size] without gaps.
+constexpr int64_t kOfRms = 1, kWanted = 2;  // flags of norms
+
+// As native_step.py fills it in. A token's numbers lie without gaps.
 struct Operation {
   int64_t kind, activation, flags;
   const void* source;
@@ -25,22 +27,24 @@ struct Operation {
 };
 
 struct Step {
-  int64_t rows, threads, table;  // pages of the longest row
-  void* logits;
-  const int64_t *new_pages, *new_places, *pages, *lengths;
-  const void *cosine, *sine;  // [rows][rotary_dim], or null
+  int64_t tokens, threads, table;  // pages of the longest row
+  void* logits;  // [wanted][vocabulary]
+  Places at;
+  const void *cosine, *sine;  // [tokens][rotary_dim], or null
+  const int64_t* wanted;  // tokens whose logits are
+  int64_t num_wanted;
 };
 
 // (x - mean) / deviation * weight + bias, or x / root mean square * weight. sizes: of a row.
 template <typename Number>
-void norm_row(const Operation& o, int64_t row) {
+void norm_row(const Operation& o, int64_t from, int64_t to) {
   typedef typename Number::Value Value;
   const int64_t size = o.sizes[0];
-  const Value* x = static_cast<const Value*>(o.source) + row * size;
-  Value* y = static_cast<Value*>(o.target) + row * size;
+  const Value* x = static_cast<const Value*>(o.source) + from * size;
+  Value* y = static_cast<Value*>(o.target) + to * size;
   const auto *weight = static_cast<const Value*>(o.first), *bias = static_cast<const Value*>(o.second);
   float mean = 0;
-  if (!o.flags) {
+  if (!(o.flags & kOfRms)) {
     Floats sums = {};
     for (int64_t i = 0; i < size; i += kLanes) sums += Number::load(x + i);
     mean = sum_of(sums) / float(size);
@@ -80,7 +84,7 @@ template <typename Number>
 void multiply(const Operation& o, const Step& step) {
   const Matrix m{o.sizes[0], o.sizes[1], static_cast<const uint32_t*>(o.first), static_cast<const float*>(o.second)};
   const Outputs out{o.target ? o.target : step.logits, o.activation, o.other, bool(o.flags)};
-  share_product<Number>(m, static_cast<const uint32_t*>(o.source), out, step.rows);
+  share_product<Number>(m, static_cast<const uint32_t*>(o.source), out, o.target ? step.tokens : step.num_wanted);
 }
 
 // sizes: heads, queries, head_dim, block. first, second: pools of keys and values.
@@ -88,10 +92,10 @@ template <typename Number>
 void look_back(const Operation& o, const Step& step) {
   typedef typename Number::Value Value;
   const int64_t heads = o.sizes[0], queries = o.sizes[1], size = o.sizes[2];
-  const Sizes s{step.rows, heads, queries, size, o.sizes[3], step.table, heads * (queries + 2) * size, step.threads};
+  const Sizes s{step.tokens, heads, queries, size, o.sizes[3], step.table, heads * (queries + 2) * size, step.threads};
   const Pools<Number> pools{static_cast<Value*>(const_cast<void*>(o.first)),
                             static_cast<Value*>(const_cast<void*>(o.second))};
-  share_attention(s, o.source, o.target, pools, step.new_pages, step.new_places, step.pages, step.lengths);
+  share_attention(s, o.source, o.target, pools, step.at);
 }
 
 template <typename Number>
@@ -102,15 +106,16 @@ void run(const Operation* operations, int64_t count, const Step& step) {
     switch (o.kind) {
       case kProduct: multiply<Number>(o, step); break;
       case kAttend: look_back<Number>(o, step); break;
-      default:
+      case kNorm: {
+        const bool is_last = o.flags & kWanted;
+        const int64_t count = is_last ? step.num_wanted : step.tokens;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < step.rows; ++row) {
-          if (o.kind == kNorm) {
-            norm_row<Number>(o, row);
-          } else {
-            turn_row<Number>(o, step, row);
-          }
-        }
+        for (int64_t row = 0; row < count; ++row) norm_row<Number>(o, is_last ? step.wanted[row] : row, row);
+        break;
+      }
+      case kTurn:
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < step.tokens; ++row) turn_row<Number>(o, step, row);
     }
   }
 }

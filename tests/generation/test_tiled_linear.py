@@ -7,14 +7,16 @@ import pytest
 import torch
 from tests.generation.test_fast_runner import FAMILIES, MakeModel, assert_near, make_prompts, rows_of
 
-from mtnlg.generation import few_rows
+from mtnlg.generation import tiled_linear
 from mtnlg.generation.fast_runner import FastRunner
-from mtnlg.generation.few_rows import FewRows, most_rows
 from mtnlg.generation.huge_pages import ARENA, LargePages, use_huge_pages
 from mtnlg.generation.native import NativeKernel
 from mtnlg.generation.runner import PlainRunner
+from mtnlg.generation.tiled_linear import TiledLinear, can_tile
 
-needs_kernel = pytest.mark.skipif(few_rows.KERNEL.load() is None, reason="no C++ compiler, or no AVX-512")
+needs_kernel = pytest.mark.skipif(
+    tiled_linear.KERNEL.load() is None, reason="no C++ compiler, or no AVX-512"
+)
 
 
 @needs_kernel
@@ -28,7 +30,7 @@ def test_products_are_those_of_float64(
     rows = torch.randn(19, inputs).to(dtype)
     weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
     beside = torch.randn(19, outputs).to(dtype)
-    product = FewRows(weight, None if other == "times" else bias)
+    product = TiledLinear(weight, None if other == "times" else bias)
     exact = rows.double() @ weight.double().T
     if other != "times":
         exact += bias.double()
@@ -45,7 +47,7 @@ def test_products_are_those_of_float64(
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None:
-    product = FewRows(torch.randn(70, 40).to(dtype), torch.randn(70).to(dtype))
+    product = TiledLinear(torch.randn(70, 40).to(dtype), torch.randn(70).to(dtype))
     rows = torch.randn(16, 40).to(dtype)
     together = product(rows)
     for first in range(16):
@@ -56,12 +58,12 @@ def test_a_rows_numbers_do_not_depend_on_the_rows_beside_it(dtype: torch.dtype) 
 def test_where_there_is_no_kernel_other_products_are_used(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kernel = few_rows.KERNEL
+    kernel = tiled_linear.KERNEL
     monkeypatch.setattr("mtnlg.native.compiler.processor", lambda: "another")
     lost = NativeKernel(kernel.file, kernel.function, kernel.arguments, kernel.needed)
-    monkeypatch.setattr(few_rows, "KERNEL", lost)
+    monkeypatch.setattr(tiled_linear, "KERNEL", lost)
     with caplog.at_level("INFO"):
-        assert most_rows(torch.device("cpu"), torch.float32) == 0
+        assert not can_tile(torch.device("cpu"), torch.float32)
     assert "avx512f" in caplog.text
     model, (prompt,) = make_model(), make_prompts([9])
     fast, plain = FastRunner(model, 6, compile="on"), PlainRunner(model, 6)
@@ -87,7 +89,7 @@ def test_a_few_rows_get_the_plain_numbers(make_model: MakeModel, family: str, dt
         assert_near(fast.run(row), plain.run(row), dtype)
 
 
-def test_weights_that_have_changed_reach_few_rows_too(make_model: MakeModel) -> None:
+def test_weights_that_have_changed_reach_the_tiles(make_model: MakeModel) -> None:
     model = make_model()
     fast = FastRunner(model, 3, compile="on")
     row = rows_of([[5]])
@@ -99,11 +101,6 @@ def test_weights_that_have_changed_reach_few_rows_too(make_model: MakeModel) -> 
     after = fast.run(row)
     assert not torch.allclose(before, after)
     assert_near(after, PlainRunner(model, 3).run(row), torch.float32)
-
-
-def test_a_deterministic_runner_keeps_to_one_kind_of_product(make_model: MakeModel) -> None:
-    fast = FastRunner(make_model(), 3, deterministic=True, compile="on")
-    assert fast._most_of_few == 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has them")

@@ -1,8 +1,9 @@
-"""Products of a few rows, over weights in tiles that are read once (``kernels/matrix.h``).
+"""Matrix products on a CPU over weights in tiles that are read once (``kernels/matrix.h``).
 
 Decoding a few sequences is reading weights. oneDNN reads its packed weights at two thirds of what memory
-gives when there are so few rows; this kernel reads them at nearly all of it. docs/generation-speed.md has
-the measurements.
+gives when there are few rows; this kernel reads them at nearly all of it, and is no slower with many rows,
+where all is arithmetic. A row's numbers depend neither on the rows beside it nor on how many there are.
+docs/generation-speed.md has the measurements.
 """
 
 from __future__ import annotations
@@ -18,34 +19,31 @@ from mtnlg.generation.huge_pages import WEIGHTS
 from mtnlg.generation.native import NativeKernel
 
 TILE = 32  # outputs
-# Above these, oneDNN is as fast: from then on products are arithmetic, not reading.
-MOST_ROWS = {torch.bfloat16: 16, torch.float32: 16}
+DTYPES = (torch.bfloat16, torch.float32)
 IS_BF16, IS_SUM = 1, 2  # what the kernel is told
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "squared_relu": 5}
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 KERNEL = NativeKernel(
-    "few_rows.cpp",
-    "mtnlg_few_rows",
+    "tiled_product.cpp",
+    "mtnlg_tiled_product",
     [*[_POINTER] * 3, _INTEGER, *[_POINTER] * 2, *[_INTEGER] * 5],
     ["avx512f"],
 )
 
 
-def most_rows(device: torch.device, dtype: torch.dtype) -> int:
-    """Up to how many rows :class:`FewRows` should be used; 0 where it cannot be. Compiles the kernel.
+def can_tile(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether :class:`TiledLinear` works here. Compiles the kernel.
 
     Args:
         device: of the weights.
         dtype: of weights and rows.
     """
-    if device.type != "cpu" or dtype not in MOST_ROWS or KERNEL.load() is None:
-        return 0
-    return MOST_ROWS[dtype]
+    return device.type == "cpu" and dtype in DTYPES and KERNEL.load() is not None
 
 
-class FewRows:
-    """A matrix as the kernel reads it.
+class TiledLinear:
+    """A linear layer as the kernel reads it (:class:`~mtnlg.generation.linears.Linear`).
 
     Args:
         weight: [out, in], float32 or bf16.
@@ -72,14 +70,7 @@ class FewRows:
         plus: Tensor | None = None,
         times: Tensor | None = None,
     ) -> Tensor:
-        """activation(rows · Wᵀ + b), or ``rows · Wᵀ + b`` plus or times another [rows, out].
-
-        Args:
-            rows: [rows, in].
-            activation: key of :data:`ACTIVATIONS`.
-            plus: [rows, out].
-            times: [rows, out].
-        """
+        """See the protocol; ``activation`` is a key of :data:`ACTIVATIONS`."""
         if self.missing:
             rows = F.pad(rows, (0, self.missing))
         rows = rows.contiguous()

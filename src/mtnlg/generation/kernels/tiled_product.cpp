@@ -1,4 +1,4 @@
-// A few rows by a matrix, float32 or bf16: see matrix.h.
+// Rows by a matrix, float32 or bf16: see matrix.h.
 
 #ifndef __AVX512F__
 #error "needs AVX-512: other processors have too few registers for this"
@@ -17,7 +17,7 @@ void product(const Matrix& m, const uint32_t* rows, const Outputs& out, int64_t 
 }  // namespace
 
 // rows: [num_rows][words]; other: added (flag 2) or multiplied, or null; flag 1: bf16.
-extern "C" void mtnlg_few_rows(const uint32_t* rows, void* values, const void* other, int64_t num_rows,
+extern "C" void mtnlg_tiled_product(const uint32_t* rows, void* values, const void* other, int64_t num_rows,
                                const uint32_t* weights, const float* bias, int64_t outputs, int64_t words,
                                int64_t flags, int64_t activation, int64_t threads) {
   const Matrix m{outputs, words, weights, bias};
