@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mtnlg.generation.distribution import inverse_transform, row_probabilities
 from mtnlg.generation.native import NativeKernel
+from mtnlg.generation.penalties import PENALISE
 from mtnlg.generation.sampling import SamplingRules
 
 SMALL = 2048  # tokens of a vocabulary that is sorted as quickly
@@ -50,6 +51,7 @@ def load_kernels() -> None:
     """Have the kernels from now on; compiled if this machine has not done so."""
     CHOOSE.load()
     LIKELIEST.load()
+    PENALISE.load()
 
 
 def choose(

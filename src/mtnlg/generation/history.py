@@ -32,6 +32,11 @@ class TokenCounts:
         """[different tokens] how often each was generated."""
         return self._counts[: len(self._place)]
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of :attr:`ids` and :attr:`counts`, until the next token is accepted."""
+        return self._ids.ctypes.data, self._counts.ctypes.data
+
     def accept(self, token: int) -> None:
         """Count a generated token."""
         place = self._place_of(token)  # first, because it may make the arrays larger

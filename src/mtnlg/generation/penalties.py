@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,17 @@ import torch
 from torch import Tensor
 
 from mtnlg.generation.constraint import empty_bitmask, rule_out
+from mtnlg.generation.history import TokenCounts
+from mtnlg.generation.native import NativeKernel
 
 if TYPE_CHECKING:
     from mtnlg.generation.sampler import SamplingState
 
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+# In one file with those that choose (draws.py), and loaded with them.
+PENALISE = NativeKernel(
+    "choose.cpp", "mtnlg_penalise", [_POINTER, _INTEGER, _POINTER, _POINTER, _INTEGER, _INTEGER], []
+)
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -39,7 +47,7 @@ def edit_scores(scores: Tensor, states: Sequence[SamplingState]) -> bool:
     if biased:
         _add_bias(flat, biased)
     if counted:
-        _penalise(flat, counted)
+        _penalise(flat, counted, vocab)
     is_banned = _ban(flat, rows, vocab)
     constrained = [row for row, state in enumerate(states) if state.constraint is not None]
     if constrained:
@@ -58,8 +66,26 @@ def _add_bias(flat: Tensor, rows: Rows) -> None:
     flat[index] = flat[index] + _on(flat, values)
 
 
-def _penalise(flat: Tensor, rows: Rows) -> None:
+def _penalise(flat: Tensor, rows: Rows, vocab: int) -> None:
+    # No further than the inverse of it is a float32 too.
+    repetition = [min(max(state.rules.repetition_penalty, 1e-30), 1e30) for _, state in rows]
     counts = [state.counts for _, state in rows if state.counts is not None]
+    if PENALISE.loaded is None or flat.device.type != "cpu":
+        _penalise_in_torch(flat, rows, counts, repetition)
+        return
+    places = [(start // vocab, len(own.ids), *own.addresses) for (start, _), own in zip(rows, counts)]
+    given = [(state.rules.frequency_penalty, state.rules.presence_penalty) for _, state in rows]
+    seen = np.array(places, dtype=np.int64)
+    penalties = np.array([(r, *others) for r, others in zip(repetition, given)])
+    PENALISE.loaded(
+        *(flat.data_ptr(), vocab, seen.ctypes.data, penalties.ctypes.data),
+        *(len(rows), torch.get_num_threads()),
+    )
+
+
+def _penalise_in_torch(
+    flat: Tensor, rows: Rows, counts: Sequence[TokenCounts], repetition: Sequence[float]
+) -> None:
     lengths = [len(count.ids) for count in counts]
     places = np.concatenate([count.ids + start for (start, _), count in zip(rows, counts)])
     if not len(places):
@@ -71,10 +97,8 @@ def _penalise(flat: Tensor, rows: Rows) -> None:
 
     index = _on(flat, places)
     touched = flat[index]
-    if any(rule.repetition_penalty != 1.0 for rule in rules):
-        # No further than the inverse of it is a float32 too.
-        penalty = of_rows([min(max(rule.repetition_penalty, 1e-30), 1e30) for rule in rules])
-        touched = torch.where(touched < 0, touched * penalty, touched / penalty)
+    penalty = of_rows(repetition)
+    touched = torch.where(touched < 0, touched * penalty, touched / penalty)
     if any(rule.frequency_penalty or rule.presence_penalty for rule in rules):
         number = _on(flat, np.concatenate([count.counts for count in counts]))
         touched = touched - of_rows([rule.frequency_penalty for rule in rules]) * number

@@ -4,6 +4,8 @@
 // by halving: the part in which it cannot be is thrown away after one sum over it. draws.py has the same in
 // numpy. A row is one thread's work, whatever the others are.
 
+#include <limits>
+
 #include "numbers.h"
 
 namespace {
@@ -299,6 +301,27 @@ void likeliest(const float* x, int64_t size, int64_t count, double& total, float
   for (int64_t i = 0; i < count; ++i) values[i] = -found[i].first, ids[i] = found[i].second;
 }
 
+struct Seen {  // as penalties.py fills it in: which tokens a row has seen
+  int64_t row, count;
+  const int64_t* ids;
+  const float* times;  // how often each was generated
+};
+
+struct Penalties {
+  double repetition, frequency, presence;
+};
+
+void penalise(float* x, const Seen& seen, const Penalties& penalties) {
+  const float repetition = float(penalties.repetition), presence = float(penalties.presence);
+  for (int64_t i = 0; i < seen.count; ++i) {
+    float& score = x[seen.ids[i]];
+    float found = score < 0.0f ? score * repetition : score / repetition;
+    found -= float(penalties.frequency * double(seen.times[i]));  // rounded before it is taken off
+    found -= seen.times[i] > 0.0f ? presence : 0.0f;
+    score = std::min(found, std::numeric_limits<float>::max());
+  }
+}
+
 }  // namespace
 
 // x: [rows][size]. best: the largest of each row, not a number where one of it is none. tokens: of the
@@ -317,4 +340,15 @@ extern "C" void mtnlg_likeliest(const float* x, int64_t rows, int64_t size, int6
 #pragma omp parallel for num_threads(std::min(threads, rows)) schedule(dynamic, 1) if (rows * size > kSmall)
   for (int64_t row = 0; row < rows; ++row)
     likeliest(x + row * size, size, count, totals[row], values + row * count, ids + row * count);
+}
+
+// Change the scores x [rows][size] of tokens that the `count` sequences have seen.
+extern "C" void mtnlg_penalise(float* x, int64_t size, const void* seen, const void* penalties, int64_t count,
+                               int64_t threads) {
+  const Seen* of_rows = static_cast<const Seen*>(seen);
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += of_rows[i].count;
+#pragma omp parallel for num_threads(std::min(threads, count)) schedule(dynamic, 1) if (total > kSmall)
+  for (int64_t i = 0; i < count; ++i)
+    penalise(x + of_rows[i].row * size, of_rows[i], static_cast<const Penalties*>(penalties)[i]);
 }
