@@ -140,10 +140,23 @@ def _options(arguments: Namespace) -> dict[str, Any]:
 
 def _text_or_file(value: str | None, name: str) -> str | None:
     """A schema or grammar, read from where it stands if that is a file."""
+    from mtnlg.config import ConfigError
+
     if value is None or name in ("regex", "verse") or len(value) > 255 or "\n" in value:
         return value
-    path = Path(value)
-    return path.read_text(encoding="utf-8") if path.is_file() else value
+    path, option = Path(value), "--" + name.replace("_", "-")
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} is {value!r}: the file cannot be read: {error}.") from error
+    if name == "json_schema" and value.strip()[:1] != "{" and value.strip() not in ("true", "false"):
+        raise ConfigError(f"{option} is {value!r}: there is no such file, and a schema begins with {{.")
+    if name == "grammar" and ":" not in value:
+        raise ConfigError(
+            f"{option} is {value!r}: there is no such file, and a grammar has a rule start: or root ::=."
+        )
+    return value
 
 
 def _is_chosen_at_the_end(arguments: Namespace) -> bool:
@@ -165,10 +178,11 @@ class Printer:
         self._current = -1  # whose text goes out as it comes; those after it are kept until their turn
         self._kept: dict[int, str] = {}
         self._ended: set[int] = set()
-        self._go_on()
 
     def hear(self, number: int, event: TokenEvent) -> None:
         """Take what has become known of a continuation."""
+        if self._current < 0:  # nothing is written before it is known that the request can be answered
+            self._go_on()
         if number == self._current:
             self._write(event.text)
         else:

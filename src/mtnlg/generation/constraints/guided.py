@@ -7,6 +7,7 @@ character may be spread over several tokens.
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -221,4 +222,17 @@ def _check_length(text: str, kind: str) -> None:
 
 
 def _error(kind: str, problem: str) -> ConfigError:
-    return ConfigError(f"{_NAMES[kind]} cannot be used: {problem.strip().rstrip('.')}.")
+    return ConfigError(f"{_NAMES[kind]} cannot be used: {_readable(kind, problem).strip().rstrip('.')}.")
+
+
+def _readable(kind: str, problem: str) -> str:
+    """What llguidance found, in words that do not ask the reader to know it."""
+    if "NoExtension" in problem:
+        return "no text keeps it"
+    unknown = re.search(r"Unimplemented keys: \[(.*)\]", problem)
+    if unknown is not None:
+        return f"{unknown[1]} cannot be kept while a text is generated; leave it out or say it otherwise"
+    expression = re.search(r"regex parse error:\n    (.*)\n    ( *)\^.*\nerror: (.*)", problem)
+    if expression is not None and kind != "grammar":
+        return f"{expression[3].rstrip('.')} (at character {len(expression[2]) + 1} of {expression[1]})"
+    return problem
