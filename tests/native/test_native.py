@@ -82,21 +82,24 @@ def test_it_is_compiled_once_and_again_when_its_text_changes(source, folder, com
     source.write_text(SOURCE % 43)
     second = library(source)
     assert (answer_of(second), num_calls(compiler)) == (43, 2)
-    source.with_name("beside.h").write_text("// included perhaps")
-    assert library(source) not in (first, second)
+    source.with_name("beside.h").write_text("// one")
+    source.write_text('  #include "beside.h"\n' + SOURCE % 43)
+    third = library(source)
+    source.with_name("beside.h").write_text("// two")
+    assert len({first, second, third, library(source)}) == 4
 
 
 def test_what_was_begun_is_waited_for_and_not_begun_twice(source, folder, compiler):
     slow = compiler.with_name("slow")
     slow.touch()
-    begin(source)
-    begin(source)
+    begin({source: []})
+    begin({source: []})
     wait_for(lambda: num_calls(compiler) == 1)
     assert not [name for name in names(folder) if cache.PART not in name]
     threading.Timer(0.1, slow.unlink).start()
     assert answer_of(library(source)) == 42
     assert num_calls(compiler) == 1 and len(names(folder)) == 1
-    begin(source)
+    begin({source: []})
     assert num_calls(compiler) == 1
 
 
@@ -109,10 +112,10 @@ def start(code, source, **options):
 
 def test_processes_that_start_together_compile_it_once(source, folder, compiler):
     compiler.with_name("slow").touch()
-    code = "native.begin(Path(sys.argv[1])); print('begun', flush=True); native.library(Path(sys.argv[1]))"
+    code = "path = Path(sys.argv[1]); native.begin({path: []}); print(flush=True); native.library(path)"
     programs = [start(code, source, stdout=subprocess.PIPE) for _ in range(3)]
     for program in programs:
-        assert program.stdout.readline() == b"begun\n"
+        assert program.stdout.readline() == b"\n"
     compiler.with_name("slow").unlink()
     assert [program.wait(60) for program in programs] == [0, 0, 0]
     assert num_calls(compiler) == 1 and len(names(folder)) == 1
@@ -125,7 +128,7 @@ def test_a_program_that_is_stopped_ends_its_compilers(source, folder, compiler, 
     compiler.with_name("slow").touch()
     code = (
         "from mtnlg.cli.main import with_termination_signal; with_termination_signal();"
-        "native.begin(Path(sys.argv[1])); native.library(Path(sys.argv[1]))"
+        "path = Path(sys.argv[1]); native.begin({path: []}); native.library(path)"
     )
     program = start(code, source, stderr=subprocess.DEVNULL)
     wait_for(lambda: num_calls(compiler) == 1)
@@ -138,7 +141,7 @@ def test_a_program_that_is_stopped_ends_its_compilers(source, folder, compiler, 
 
 def test_a_program_that_ends_early_leaves_what_is_finished(source, folder, compiler):
     code = (
-        "native.begin(Path(sys.argv[1])); from mtnlg.native import compiler as made;"
+        "native.begin({Path(sys.argv[1]): []}); from mtnlg.native import compiler as made;"
         "[job._process.wait() for job in made._running.values()]"
     )
     assert start(code, source).wait(60) == 0
@@ -149,20 +152,20 @@ def test_a_program_that_ends_early_leaves_what_is_finished(source, folder, compi
 
 def test_what_fails_is_told_when_it_is_wanted(source, folder, compiler, monkeypatch):
     compiler.with_name("fail").touch()
-    begin(source)
+    begin({source: []})
     with pytest.raises(subprocess.SubprocessError, match=r"compiler failed: answer\.cpp:1: error: no good"):
         library(source)
     assert names(folder) == []
     with pytest.raises(OSError, match="the processor does not say that it has magic"):
         library(source, ["magic"])
-    begin(source, ["magic"])
+    begin({source: ["magic"]})
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    begin(source)
-    with pytest.raises(FileNotFoundError, match="/nowhere/g"):
+    begin({source: []})
+    with pytest.raises(subprocess.SubprocessError, match=r"/nowhere/g\+\+"):
         library(source)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "/nowhere")
-    begin(source)
+    begin({source: []})
     with pytest.raises(NoCompilerError, match="there is no C"):
         library(source)
     assert names(folder) == []
@@ -173,7 +176,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_for_this_process(
 ):
     other = source.with_name("other.cpp")
     other.write_text(SOURCE % 7)
-    begin(source)
+    begin({source: []})
     assert [answer_of(library(path)) for path in (source, other, source)] == [42, 7, 42]
     assert num_calls(compiler) == 2
     (record,) = [record for record in caplog.records if "cannot be kept" in record.message]

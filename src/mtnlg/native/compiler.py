@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -22,39 +24,44 @@ from mtnlg.native.cache import PART, folder_to_write, kept, remove_old
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 COMPILING_SECONDS = 300
+WAITING_SECONDS = 0.005
 
 
 class NoCompilerError(OSError):
     """This machine has no C++ compiler."""
 
 
-class _Compilation:
-    """A compiler at work; a program that ends meanwhile ends it too.
+class _Work:
+    """A compiler at work, on one library after another; a program that ends meanwhile ends it too.
 
     Args:
-        command: what to run, without the output's name.
-        target: the library's path; it is there whole or not at all.
-        lock: held until the end.
+        compiler: its command.
+        jobs: source and library of each; a library is there whole or not at all.
+        locks: held until the end.
     """
 
-    def __init__(self, command: Sequence[str], target: Path, lock: IO[str] | None) -> None:
-        self._target, self._lock = target, lock
-        kernel = target.name.rpartition("-")[0]
-        handle, self._part = tempfile.mkstemp(prefix=f"{kernel}{PART}", suffix=".so", dir=target.parent)
-        os.close(handle)
+    def __init__(self, compiler: str, jobs: Sequence[tuple[Path, Path]], locks: Sequence[IO[str]]) -> None:
+        self._parts, self._locks, commands = list[str](), locks, list[str]()
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed at the end
+        for source, target in jobs:
+            kernel = target.name.rpartition("-")[0]
+            handle, part = tempfile.mkstemp(prefix=f"{kernel}{PART}", suffix=".so", dir=target.parent)
+            os.close(handle)
+            self._parts.append(part)
+            make = shlex.join([*shlex.split(compiler), *FLAGS, str(source), "-o", part])
+            commands.append(f"{make} && mv {shlex.join([part, str(target)])}")
         self._failure: OSError | None = None
         # Ctrl-C interrupts the main thread only: there it could lose a process that has just begun.
-        thread = threading.Thread(target=self._start, args=([*command, "-o", self._part],))
+        thread = threading.Thread(target=self._start, args=("; ".join(commands),))
         thread.start()
         thread.join()
         if self._failure is not None:
             raise self._failure
 
-    def _start(self, command: Sequence[str]) -> None:
+    def _start(self, script: str) -> None:
         try:
             self._process = subprocess.Popen(
-                command,
+                ["/bin/sh", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=self._messages,
@@ -62,11 +69,18 @@ class _Compilation:
             )
             atexit.register(self._end)
         except OSError as error:
-            os.unlink(self._part)
+            self._clear()
             self._failure = error
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has done what it can; it is then cleared away."""
+        if self._process.poll() is not None and not self._messages.closed:
+            self._end()
+        return self._process.returncode is not None
+
     def finish(self) -> None:
-        """Wait until the library is there.
+        """Wait for its end.
 
         Raises:
             subprocess.SubprocessError: the compiler failed; its first complaint is the message.
@@ -76,7 +90,6 @@ class _Compilation:
                 raise subprocess.SubprocessError(self._complaint())
         finally:
             self._end()
-        remove_old(self._target.parent, self._target)
 
     def _end(self) -> None:
         atexit.unregister(self._end)
@@ -84,13 +97,15 @@ class _Compilation:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
-        with contextlib.suppress(FileNotFoundError):
-            if self._process.returncode == 0:
-                os.replace(self._part, self._target)
-            else:
-                os.unlink(self._part)
+        self._clear()
+
+    def _clear(self) -> None:
+        for part in self._parts:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
         self._messages.close()
-        _release(self._lock)
+        for lock in self._locks:
+            lock.close()
 
     def _complaint(self) -> str:
         self._messages.seek(0)
@@ -99,34 +114,44 @@ class _Compilation:
         return f"the C++ compiler failed: {first.strip()}"
 
 
-_running: dict[str, _Compilation] = {}
+_running: dict[str, _Work] = {}
 _guard = threading.Lock()
 
 
-def begin(source: Path, needed: Sequence[str] = ()) -> None:
-    """Have a library made that will be wanted soon; :func:`library` waits for it, and says what failed.
+def begin(sources: Mapping[Path, Sequence[str]]) -> None:
+    """Have libraries made that will be wanted soon; :func:`library` waits for them, and says what failed.
 
-    Nothing happens where it is there, cannot be made, or another process makes it.
+    One core is left to the program meanwhile. Nothing happens for those that are there, that cannot be
+    made, or that another process makes.
 
     Args:
-        source: a C++ file; it may include the headers beside it.
-        needed: instructions that the processor must have, as Linux names them.
+        sources: C++ files, those that are wanted first before the others, and what each needs
+            (:func:`library`).
     """
+    jobs = []
     with contextlib.suppress(OSError), _guard:
-        compiler, name = _compiler(source, needed)
-        if kept(name) is None and name not in _running:
-            target = folder_to_write() / name
-            lock = _acquire(target, waits=False)
-            if lock is not None:
-                _running[name] = _compile(compiler, source, target, lock)
+        for source, needed in sources.items():
+            with contextlib.suppress(OSError):
+                compiler, name = _compiler(source, needed)
+                if kept(name) is None and name not in _running:
+                    target = folder_to_write() / name
+                    lock = _acquire(target)
+                    if lock is not None:
+                        jobs.append((source, target, lock))
+        at_once = max(1, _num_cores() - 1)
+        for mine in (jobs[first::at_once] for first in range(min(at_once, len(jobs)))):
+            work = _Work(
+                compiler, [(source, target) for source, target, _ in mine], [job[2] for job in mine]
+            )
+            _running.update({target.name: work for _, target, _ in mine})
 
 
 def library(source: Path, needed: Sequence[str] = ()) -> Path:
     """The compiled file, from the cache or new, which takes some seconds.
 
     Args:
-        source: see :func:`begin`.
-        needed: likewise.
+        source: a C++ file; what it includes in quotation marks lies beside it.
+        needed: instructions that the processor must have, as Linux names them.
 
     Raises:
         OSError: this machine cannot have it; the message says why.
@@ -134,29 +159,23 @@ def library(source: Path, needed: Sequence[str] = ()) -> Path:
         subprocess.SubprocessError: the compiler failed.
     """
     compiler, name = _compiler(source, needed)
-    with _guard:
-        running = _running.pop(name, None)
-    if running is not None:
-        running.finish()
-    found = kept(name)
-    if found is not None:
-        return found
-    target = folder_to_write() / name
-    lock = _acquire(target, waits=True)
-    found = kept(name)  # made by another process meanwhile
-    if found is not None:
-        _release(lock)
-        return found
-    _compile(compiler, source, target, lock).finish()
-    return target
+    ends = time.monotonic() + COMPILING_SECONDS
+    while (found := kept(name)) is None:
+        running = _running.get(name)
+        if running is None or running.is_over:
+            target = folder_to_write() / name
+            lock = _acquire(target)
+            if kept(name) is None and (lock is not None or time.monotonic() > ends):
+                _Work(compiler, [(source, target)], [lock] if lock else []).finish()
+                remove_old(target.parent, target)
+            elif lock is not None:
+                lock.close()
+        time.sleep(WAITING_SECONDS)  # for this process's own work, or another's
+    return found
 
 
-def _compile(compiler: str, source: Path, target: Path, lock: IO[str] | None) -> _Compilation:
-    try:
-        return _Compilation([*shlex.split(compiler), *FLAGS, str(source)], target, lock)
-    except OSError:
-        _release(lock)
-        raise
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _compiler(source: Path, needed: Sequence[str]) -> tuple[str, str]:
@@ -168,35 +187,36 @@ def _compiler(source: Path, needed: Sequence[str]) -> tuple[str, str]:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
-    text = b"".join(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.h"))])
     made_by = f"{features}{compiler}{FLAGS}{platform.libc_ver()}"
-    key = hashlib.sha256(text + made_by.encode()).hexdigest()
+    key = hashlib.sha256(_text(source) + made_by.encode()).hexdigest()
     return compiler, f"{source.stem}-{key[:16]}.so"
 
 
-def _acquire(target: Path, waits: bool) -> IO[str] | None:
+def _text(source: Path) -> bytes:
+    """A source with all that it includes from beside it."""
+    text = source.read_bytes()
+    included = re.findall(rb'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE)
+    return text + b"".join(_text(source.parent / os.fsdecode(name)) for name in included)
+
+
+def _acquire(target: Path) -> IO[str] | None:
     """The right to make a library: processes that start together make each once.
 
     Returns:
-        To be released; ``None`` if another process has it.
+        Holds it until it is closed; ``None`` if another process has it.
     """
     kernel = target.name.rpartition("-")[0]
     lock = open(target.with_name(f".{kernel}.lock"), "a")  # noqa: SIM115 - held while the compiler works
     try:
         import fcntl
 
-        fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         return None
     except (ImportError, OSError):  # a system or a file system without locks: making it twice is harmless
         return lock
     return lock
-
-
-def _release(lock: IO[str] | None) -> None:
-    if lock is not None:
-        lock.close()
 
 
 def processor() -> str:
