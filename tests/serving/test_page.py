@@ -88,6 +88,77 @@ def test_a_reload_keeps_the_conversation(visit, server):
     assert visit.page.locator("[aria-current]").inner_text() == "hello"
 
 
+def test_a_reload_at_once_keeps_the_question_and_the_answer_so_far_is_marked(visit, server):
+    server.answers, server.gate = ["One two three four."], 0
+    visit.say("first")
+    visit.page.locator(".waiting").wait_for()
+    visit.page.reload()
+    visit.page.get_by_role("button", name="Try again").wait_for()
+    assert (visit.texts("user"), visit.answers()) == (["first"], [])
+    visit.page.evaluate(
+        """async () => {
+            const { ConversationStore } = await import("/page/store.js");
+            const { addMessage } = await import("/page/conversation.js");
+            const store = new ConversationStore();
+            await store.open();
+            const [conversation] = await store.all();
+            addMessage(conversation, "assistant", "One two");
+            await store.save(conversation);
+        }"""
+    )
+    visit.page.reload()
+    visit.expect_answer("One two")
+    assert "Cut off" in visit.page.locator(".stats").inner_text()
+
+
+def test_a_stopped_answer_goes_on_in_the_same_message(visit, server):
+    server.answers, server.gate = ["One two three", " and four."], 2
+    visit.say("count")
+    visit.expect_answer("One two")
+    visit.page.keyboard.press("Escape")
+    visit.ended()
+    server.gate = None
+    visit.page.get_by_role("button", name="Go on").click()
+    visit.expect_answer("One two and four.")
+    visit.ended()
+    sent = server.requests[1]
+    assert sent["messages"][-1] == {"role": "assistant", "content": "One two"}
+    assert (sent["continue_final_message"], sent["add_generation_prompt"]) == (True, False)
+    assert visit.page.locator(".stats").inner_text().startswith("5 tokens")
+    assert visit.page.get_by_role("button", name="Go on").count() == 0
+    visit.page.locator(".token", has_text="four").hover()
+    assert visit.page.locator(".option.chosen").inner_text().startswith("␣four")
+
+
+def test_the_oldest_turns_are_left_out_where_the_visitor_wants_it(visit, server):
+    server.failures = [failure(400, "too long", code="context_length_exceeded")]
+    visit.say("hello")
+    visit.page.get_by_role("button", name="Leave out the oldest turns").click()
+    visit.expect_answer("Hello there.")
+    visit.ended()
+    assert [request.get("context_policy") for request in server.requests] == [None, "drop"]
+    visit.page.get_by_role("button", name="Settings").click()
+    choice = visit.page.get_by_label("When it is longer than the model can read")
+    assert choice.input_value() == "drop"
+    choice.select_option("refuse")
+    visit.page.get_by_role("button", name="Close").click()
+    visit.ask("again")
+    assert "context_policy" not in server.requests[-1]
+
+
+def test_a_server_that_comes_back_is_found_without_a_click(browser, server):
+    visit = Visit(browser, server.url, locale="en-US")
+    visit.page.clock.install()
+    visit.page.route("**/v1/models", lambda route: route.abort())
+    visit.open()
+    visit.page.get_by_text("The server cannot be reached.").wait_for()
+    visit.page.unroute("**/v1/models")
+    visit.page.clock.run_for(6000)
+    visit.page.locator(".notice").wait_for(state="detached")
+    assert visit.page.get_by_role("combobox", name="Model").input_value() == "pretend"
+    visit.close()
+
+
 def test_regenerate_makes_a_version_and_the_first_stays(visit, server):
     server.answers = ["first", "second"]
     visit.ask("hello")

@@ -293,6 +293,18 @@ CONTRAST = """() => {
 }"""
 
 
+def test_headings_lead_through_the_page_on_a_phone_too(open_page, server):
+    visit = open_page(viewport={"width": 390, "height": 700})
+    server.answers = ["#### Deep\n\ntext"]
+    visit.ask("hello")
+    levels = visit.page.evaluate(
+        "[...document.querySelectorAll('main :is(h1, h2, h3, h4, h5, h6)')]"
+        ".filter((one) => one.checkVisibility()).map((one) => [one.tagName, one.textContent])"
+    )
+    assert levels == [["H1", "hello"], ["H2", "You"], ["H2", "pretend"], ["H3", "Deep"]]
+    assert visit.page.locator("#language").get_attribute("aria-label").startswith("中")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_words_stand_out_from_their_ground(open_page, server, scheme):
     visit = open_page(color_scheme=scheme)
@@ -319,8 +331,11 @@ def test_what_a_model_writes_is_only_ever_text(open_page, server):
     visit = open_page()
     server.answers = [EVIL]
     visit.ask("<i>hello</i>")
-    inside = visit.page.locator("#messages").locator("img, script, b, i, a, iframe")
+    inside = visit.page.locator("#messages").locator("img, script, b, i, iframe")
     assert inside.count() == 0
+    [link] = visit.page.locator("#messages a").all()  # the picture, which is not fetched by itself
+    assert link.get_attribute("href") == "https://example.com/x.png"
+    assert link.get_attribute("rel") == "noopener noreferrer nofollow"
     assert visit.page.evaluate("window.hurt") is None
     assert '<img src=x onerror="window.hurt = 1">' in visit.answers()[0]
     assert visit.texts("user") == ["<i>hello</i>"]
@@ -332,6 +347,7 @@ def test_what_a_model_writes_is_only_ever_text(open_page, server):
 
 
 CODE = '<figure class="code" data-language="py"><pre tabindex="0"><code>{}</code></pre></figure>'
+LINK = '<a href="{0}" title="{0}" target="_blank" rel="noopener noreferrer nofollow">{1}</a>'
 MARKDOWN = [
     ("**bold** and *soft* `code`", "<p><strong>bold</strong> and <em>soft</em> <code>code</code></p>"),
     ("snake_case_name 2*3*4", "<p>snake_case_name 2*3*4</p>"),
@@ -348,6 +364,29 @@ MARKDOWN = [
     ),
     ("$1.50 每斤", "<p>$1.50 每斤</p>"),
     ("3.14 is pi", "<p>3.14 is pi</p>"),
+    ("~~a~~ _b_ \\*c\\* d_e_f", "<p><s>a</s> <em>b</em> *c* d_e_f</p>"),
+    ("### a\n# b\n### c", "<h3>a</h3><h3>b</h3><h4>c</h4>"),
+    (
+        "1. a\n   - b\n     c\n2. d\n- [x] e",
+        '<ol><li>a<ul><li>b\nc</li></ul></li><li>d</li></ol><ul><li class="task">☑ e</li></ul>',
+    ),
+    (
+        "t\n|a|b|\n|-|-:|\n|`x|y`|1 \\| 2|\n|only|\n\nu",
+        '<p>t</p><div class="table" tabindex="0"><table><thead><tr><th scope="col">a</th>'
+        '<th class="right" scope="col">b</th></tr></thead><tbody><tr><td><code>x|y</code></td>'
+        '<td class="right">1 | 2</td></tr><tr><td>only</td><td class="right"></td></tr></tbody></table>'
+        "</div><p>u</p>",
+    ),
+    ("a|b\n--\nc", "<p>a|b\n--\nc</p>"),
+    (
+        "   ```\n   a\n     b",
+        '<figure class="code" data-language=""><pre tabindex="0"><code>a\n  b</code></pre></figure>',
+    ),
+    ("[a](javascript:1) [b](data:text/html,x)", "<p>[a](javascript:1) [b](data:text/html,x)</p>"),
+    ("[**a**](https://b.c/d_(e))", f"<p>{LINK.format('https://b.c/d_(e)', '<strong>a</strong>')}</p>"),
+    ("见https://b.c/d_e_f。", f"<p>见{LINK.format('https://b.c/d_e_f', 'https://b.c/d_e_f')}。</p>"),
+    ("(https://b.c/?a=1)", f"<p>({LINK.format('https://b.c/?a=1', 'https://b.c/?a=1')})</p>"),
+    ("[https://b.c](https://evil.d)", "<p><span>[https://b.c](https://evil.d)</span></p>"),
 ]
 
 
@@ -367,6 +406,25 @@ def test_markdown(open_page):
     )
     for (source, expected), found in zip(MARKDOWN, rendered, strict=True):
         assert found == expected, source
+
+
+def test_a_hostile_text_is_drawn_in_time(open_page):
+    visit = open_page()
+    seconds = visit.page.evaluate(
+        """async () => {
+            const { blocksOf, renderBlock } = await import("/page/markdown.js");
+            const { make } = await import("/page/dom.js");
+            const put = (parent, start, end) => parent.append(String(end - start));
+            const began = performance.now();
+            const pieces = ["[", "**a ", "https://", "[a](https://b(", "`", "_a", "|", "- a\\n", "\\*"];
+            for (const piece of pieces) {
+                const source = piece.repeat(4000);
+                for (const block of blocksOf(source)) renderBlock(source, block, put, make);
+            }
+            return (performance.now() - began) / 1000;
+        }"""
+    )
+    assert seconds < 30  # a quarter of a second on a quiet machine
 
 
 def test_events_are_read_whatever_the_pieces_of_the_network(open_page):

@@ -77,11 +77,12 @@ export async function listModels(key) {
  * Stream an answer.
  *
  * @param path `v1/chat/completions` or `v1/completions`
- * @param options key, body, signal, and onPart({text, tokens, finish, usage}) for each arrival
+ * @param options key, body, signal, and onPart({text, tokens, finish, usage, isShortened}) for each arrival
  */
 export async function streamAnswer(path, { key, body, signal, onPart }) {
   const response = await ask(path, { key, body: { ...body, stream: true }, signal });
   let isDone = false;
+  if (response.headers.get("X-Context-Notice")) onPart({ text: "", tokens: [], isShortened: true });
   try {
     for await (const data of serverEvents(response.body)) {
       if (data === "[DONE]") {

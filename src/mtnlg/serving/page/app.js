@@ -15,6 +15,7 @@ import { fillWords, getLanguage, isChinese, say, setLanguage } from "./words.js"
 import { View } from "./view.js";
 
 const SAVE_EVERY_MS = 2000;
+const LOOK_AGAIN_SECONDS = 5; // for a server that is not there
 const REST = 3; // after a drawing, so many times what it took
 const THEMES = ["auto", "light", "dark"];
 const THEME_ICONS = { auto: "auto", light: "sun", dark: "moon" };
@@ -31,11 +32,16 @@ class App {
       again: (message) => this.answer(this.conversation, message.parent),
       edit: (message, text) => this.editMessage(message, text),
       show: (message) => this.showBranch(message),
-      goOn: () => this.answer(this.conversation, this.conversation.leaf),
+      goOn: (message) => this.goOn(message),
     });
     this.sidebar = new Sidebar(this);
     this.sheet = new SettingsSheet(this);
-    this.notice = new Notice({ openSettings: (id) => this.sheet.open(id), begin: () => this.begin() });
+    this.notice = new Notice({
+      openSettings: (id) => this.sheet.open(id),
+      begin: () => this.begin(),
+      canDrop: () => this.conversation.mode === "chat" && this.settings.overflow === "refuse",
+      dropOldest: () => this.setOverflow("drop"),
+    });
     this.conversation = newConversation(this.mode, this.settings.system);
     const piecesOf = (node) => this.conversation.messages[node.closest(".message")?.dataset.id]?.pieces;
     this.alternatives = new Alternatives(byId("messages"), piecesOf, (text) => this.announcer.say(text));
@@ -65,7 +71,7 @@ class App {
       this.notice.clear();
     } catch (error) {
       if (error.name === "AbortError") return;
-      this.notice.show(error, (count) => this.loadModels(count), waits);
+      this.notice.show(error, (count) => this.loadModels(count), waits, LOOK_AGAIN_SECONDS);
     }
     this.drawModels();
     if (!this.conversation.leaf) this.conversation.mode = this.mode;
@@ -229,16 +235,23 @@ class App {
     this.streams.get(this.conversation.id)?.stop();
   }
 
-  /** Let the model answer to the message `parent`. */
-  async answer(conversation, parent, waits = 0) {
+  /** A text goes on with another piece, a chat with more of the answer that was cut off. */
+  goOn(message) {
+    const isRest = this.conversation.mode === "chat" && message.role === "assistant";
+    this.answer(this.conversation, isRest ? message.parent : message.id, 0, isRest ? message : null);
+  }
+
+  /** Let the model answer to the message `parent`, or go on with the answer `open`. */
+  async answer(conversation, parent, waits = 0, open = null) {
     if (this.streams.has(conversation.id)) return;
     this.notice.clear();
-    const message = addMessage(conversation, "assistant", "", parent);
+    const message = open ?? addMessage(conversation, "assistant", "", parent);
     if (!this.conversations.includes(conversation)) this.conversations.unshift(conversation);
     if (conversation === this.conversation) history.replaceState(null, "", `#${conversation.id}`);
     const grow = this.growing(conversation, message);
     const stream = new AnswerStream(conversation, message, { settings: this.settings, model: this.model, onGrow: grow });
     this.streams.set(conversation.id, stream);
+    this.save(conversation); // the question outlasts a reload at once
     this.view.isFollowing = true;
     this.draw();
     this.announcer.say(say("writing"));
@@ -249,17 +262,17 @@ class App {
       failure = error;
     }
     this.streams.delete(conversation.id);
-    this.finish(conversation, message, failure, waits);
+    this.finish(conversation, message, failure, waits, open);
   }
 
-  finish(conversation, message, failure, waits) {
+  finish(conversation, message, failure, waits, open) {
     if (!message.text && message.end !== "stop" && message.end !== "length") dropLeaf(conversation, message);
     const isShown = conversation === this.conversation;
     if (this.conversations.includes(conversation)) this.save(conversation);
     if (isShown) {
       this.draw();
       this.announcer.end(failure ? "" : say(message.end === "stopped" ? "stopped" : "answered"));
-      if (failure) this.notice.show(failure, (count) => this.answer(conversation, message.parent, count), waits);
+      if (failure) this.notice.show(failure, (count) => this.answer(conversation, message.parent, count, open), waits);
     } else this.sidebar.draw();
     if (failure && !failure.kind) throw failure; // a fault of the page's own: let it be seen
   }
@@ -297,6 +310,11 @@ class App {
     if (isConversation && this.conversations.includes(this.conversation)) this.save(this.conversation);
     if (isLook) this.draw();
     this.isKeyNew ||= isKey;
+  }
+
+  setOverflow(policy) {
+    this.settings.overflow = policy;
+    saveSettings(this.settings);
   }
 
   settingsClosed() {

@@ -20,10 +20,11 @@ const WORDS = {
 // What the server itself says helps only where it is about the request.
 const QUOTED = new Set(["forbidden", "request", "long", "model", "quota", "server", "cut"]);
 const WAITING = new Set(["busy", "starting"]);
+const AWAY = new Set(["gone", "starting"]);
 const MOST_WAITS = 5;
 
 export class Notice {
-  /** `actions`: openSettings(id), begin(), reload(). */
+  /** `actions`: openSettings(id), begin(), canDrop(), dropOldest(). */
   constructor(actions) {
     this.actions = actions;
     this.place = byId("notice");
@@ -35,8 +36,9 @@ export class Notice {
     this.place.replaceChildren();
   }
 
-  /** Explain a failure. `retry` does again what failed; `waits` counts how often that was done by itself. */
-  show(error, retry, waits = 0) {
+  /** Explain a failure. `retry` does again what failed; `waits` counts how often that was done by itself.
+   * `again`: seconds after which to look for a server that cannot be reached; null does not. */
+  show(error, retry, waits = 0, again = null) {
     this.clear();
     const words = say(WORDS[error.kind] ?? "errorServer");
     const quote = QUOTED.has(error.kind) && error.detail ? say("saidServer", { message: error.detail }) : null;
@@ -47,7 +49,7 @@ export class Notice {
     buttons.append(...this.choices(error, retry));
     if (WAITING.has(error.kind) && error.retryAfter !== null && waits < MOST_WAITS) {
       this.countDown(buttons, error.retryAfter, () => retry(waits + 1));
-    }
+    } else if (AWAY.has(error.kind) && again !== null) this.countDown(buttons, again, () => retry(waits + 1));
     this.place.scrollIntoView({ block: "nearest" });
   }
 
@@ -58,7 +60,15 @@ export class Notice {
     if (error.kind === "key" || error.kind === "badKey") {
       return [button("enterKey", () => this.actions.openSettings("set-key"), true), again(false)];
     }
-    if (error.kind === "long") return [button("startAnew", () => this.actions.begin(), true), again(false)];
+    if (error.kind === "long") {
+      const drop = () => {
+        this.actions.dropOldest();
+        retry(0);
+      };
+      const canDrop = this.actions.canDrop();
+      const anew = button("startAnew", () => this.actions.begin(), !canDrop);
+      return [...(canDrop ? [button("dropOldest", drop, true)] : []), anew, again(false)];
+    }
     if (error.kind === "request") {
       return [button("openSettings", () => this.actions.openSettings("set-temperature"), true), again(false)];
     }

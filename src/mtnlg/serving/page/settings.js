@@ -55,7 +55,16 @@ export class SettingsSheet {
       conversation.system = settings.system = system.value;
       this.owner.change({ isConversation: true });
     });
-    return group("voice", field("set-system", say("system"), system, "hint-system", say("systemHint")));
+    return group("voice", field("set-system", say("system"), system, "hint-system", say("systemHint")), this.overflow());
+  }
+
+  overflow() {
+    const words = { refuse: "overflowRefuse", drop: "overflowDrop", summarise: "overflowSummarise" };
+    const options = Object.entries(words).map(([value, name]) => make("option", { value }, say(name)));
+    const select = make("select", { id: "set-overflow" }, ...options);
+    select.value = this.owner.settings.overflow in words ? this.owner.settings.overflow : "refuse";
+    select.addEventListener("change", () => this.owner.setOverflow(select.value));
+    return field("set-overflow", say("overflow"), select);
   }
 
   sampling() {

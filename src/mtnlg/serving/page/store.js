@@ -1,6 +1,8 @@
 // What the browser keeps: conversations in IndexedDB (they grow large with probabilities), settings in
 // localStorage. Where a browser allows neither, the page works and forgets.
 
+import { dropLeaf } from "./conversation.js";
+
 const DATABASE = "mtnlg";
 const TABLE = "conversations";
 const SETTINGS = "mtnlg.settings";
@@ -15,6 +17,7 @@ export const DEFAULT_SETTINGS = {
   probabilities: true,
   tint: false,
   markdown: true,
+  overflow: "refuse", // or "drop", "summarise": what becomes of a conversation longer than the context
   sampling: {},
 };
 
@@ -49,6 +52,15 @@ function done(request) {
   });
 }
 
+/** An answer without an end was on its way when its page was closed; of some nothing had come. */
+function closeAnswers(conversation) {
+  for (const message of Object.values(conversation.messages)) {
+    if (message.role !== "assistant" || message.end) continue;
+    if (message.text) message.end = "broken";
+    else dropLeaf(conversation, message);
+  }
+}
+
 /** The conversations of this browser. */
 export class ConversationStore {
   constructor() {
@@ -70,6 +82,7 @@ export class ConversationStore {
   async all() {
     if (!this.database) return [];
     const found = await done(this.database.transaction(TABLE).objectStore(TABLE).getAll());
+    for (const conversation of found) closeAnswers(conversation);
     return found.sort((one, other) => other.changed - one.changed);
   }
 

@@ -18,8 +18,8 @@ export const SAMPLING = [
   "seed",
 ];
 
-/** What is sent to the server for an answer to the message `parent`. */
-export function requestFor(conversation, parent, settings, model) {
+/** What is sent to the server for an answer to the message `parent`, or for the rest of the answer `open`. */
+export function requestFor(conversation, parent, settings, model, open = null) {
   const body = { model, stream_options: { include_usage: true } };
   for (const name of SAMPLING) {
     if (Number.isFinite(settings.sampling[name])) body[name] = settings.sampling[name];
@@ -31,18 +31,23 @@ export function requestFor(conversation, parent, settings, model) {
     return { path: "v1/completions", body: { ...body, prompt: joinedText(conversation, parent) } };
   }
   if (settings.probabilities) Object.assign(body, { logprobs: true, top_logprobs: TOP });
-  return { path: "v1/chat/completions", body: { ...body, messages: chatMessages(conversation, parent) } };
+  if (settings.overflow !== "refuse") body.context_policy = settings.overflow;
+  if (open) Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
+  return { path: "v1/chat/completions", body: { ...body, messages: chatMessages(conversation, open ?? parent) } };
 }
 
-/** Streams into `message` until the end; `onGrow(text)` after each arrival. */
+/** Streams into `message`, behind the text that it has, until the end; `onGrow(text)` after each arrival. */
 export class AnswerStream {
   constructor(conversation, message, { settings, model, onGrow }) {
     Object.assign(this, { conversation, message, settings, onGrow });
-    this.request = requestFor(conversation, message.parent, settings, model);
+    this.isRest = message.text !== "";
+    this.request = requestFor(conversation, message.parent, settings, model, this.isRest ? message.id : null);
     this.abort = new AbortController();
-    message.pieces = [];
-    message.stats = {};
-    this.filer = new PieceFiler(message.pieces);
+    message.pieces = this.isRest ? (message.pieces ?? []) : [];
+    this.before = (this.isRest && message.stats?.tokens) || 0;
+    message.stats = this.isRest ? { tokens: this.before } : {};
+    delete message.end;
+    this.filer = new PieceFiler(message.pieces, message.text.length);
     this.began = performance.now();
     this.count = 0;
   }
@@ -70,8 +75,9 @@ export class AnswerStream {
     this.abort.abort();
   }
 
-  take({ text, tokens, finish, usage }) {
+  take({ text, tokens, finish, usage, isShortened }) {
     const { message } = this;
+    if (isShortened) message.stats.isShortened = true;
     if (text || tokens.length) {
       const now = performance.now();
       this.firstAt ??= now;
@@ -88,9 +94,10 @@ export class AnswerStream {
   measure(usage) {
     const { stats } = this.message;
     if (this.firstAt === undefined) return;
-    stats.tokens = usage?.completion_tokens ?? this.count;
+    const count = usage?.completion_tokens ?? this.count;
+    stats.tokens = this.before + count;
     stats.first = (this.firstAt - this.began) / 1000;
     const seconds = (this.lastAt - this.firstAt) / 1000;
-    if (stats.tokens > 1 && seconds > LEAST_SECONDS) stats.rate = (stats.tokens - 1) / seconds;
+    if (count > 1 && seconds > LEAST_SECONDS) stats.rate = (count - 1) / seconds;
   }
 }

@@ -7,8 +7,11 @@ import { say } from "./words.js";
 
 /** Files tokens with the text that they made, as both arrive. */
 export class PieceFiler {
-  constructor(pieces) {
+  /** `length`: of the text that is there already; what the pieces do not cover becomes one without tokens. */
+  constructor(pieces, length = 0) {
     this.pieces = pieces;
+    const known = pieces.reduce((sum, [size]) => sum + size, 0);
+    if (known < length) pieces.push([length - known, []]);
     this.pending = []; // tokens whose text is still held back
   }
 

@@ -6,8 +6,10 @@ import { blocksOf, renderBlock } from "./markdown.js";
 import { putPieces } from "./tokens.js";
 import { say } from "./words.js";
 
+const UNFINISHED = new Set(["length", "stopped", "broken"]);
+
 export class View {
-  /** `actions`: again(message), edit(message, text), show(message), goOn(). */
+  /** `actions`: again(message), edit(message, text), show(message), goOn(message). */
   constructor(actions) {
     this.actions = actions;
     this.scroller = byId("scroll");
@@ -39,7 +41,7 @@ export class View {
       ...(hasPieces ? { tabindex: "0", role: "group", "aria-label": `${name}. ${say("walk")}` } : {}),
     });
     const foot = make("div", { class: "message-foot" });
-    const article = make("article", { class: `message ${message.role}`, "aria-label": name, data: { id: message.id } }, body, foot);
+    const article = make("article", { class: `message ${message.role}`, "aria-label": name, data: { id: message.id } }, make("h2", { class: "hidden" }, name), body, foot);
     this.drawn.set(message.id, { article, body, foot, blocks: [], name });
     this.drawBody(message);
     this.drawFoot(message);
@@ -106,16 +108,18 @@ export class View {
         ...buttons,
         isModel && make("span", { class: "stats" }, statsOf(message)),
         this.isUnanswered(message) &&
-          make("button", { type: "button", class: "link unanswered", on: { click: () => this.actions.goOn() } }, say("tryAgain")),
+          make("button", { type: "button", class: "link unanswered", on: { click: () => this.actions.goOn(message) } }, say("tryAgain")),
         isModel && !isStreaming && this.canGoOn(message) &&
-          make("button", { type: "button", class: "link", on: { click: () => this.actions.goOn() } }, say("goOn")),
+          make("button", { type: "button", class: "link", on: { click: () => this.actions.goOn(message) } }, say("goOn")),
       ].filter(Boolean),
     );
   }
 
+  /** A text always goes on; an answer where it was cut off. */
   canGoOn(message) {
     const { conversation } = this.context;
-    return conversation.mode === "text" && conversation.leaf === message.id;
+    const isCut = UNFINISHED.has(message.end) && message.text !== "";
+    return conversation.leaf === message.id && (conversation.mode === "text" || isCut);
   }
 
   /** A page that was closed before the answer began leaves a question alone. */
@@ -189,7 +193,7 @@ function plainBlock(put, block) {
 /** Give a code block its language and a button that copies it. */
 function withCopy(source, block, node) {
   if (block.kind !== "code") return node;
-  const text = source.slice(block.start, block.end);
+  const text = block.lines.map((line) => source.slice(line.start, line.end)).join("\n");
   node.prepend(
     make(
       "figcaption",
@@ -227,6 +231,7 @@ function statsOf(message) {
   if (stats.first !== undefined && stats.first !== null) words.push(say("first", { seconds: Number(stats.first).toFixed(2) }));
   if (end === "stop" && !message.text) words.push(say("nothing"));
   if (end === "length") words.push(say("full"));
+  if (stats.isShortened) words.push(say("shortened"));
   if (end === "content_filter") words.push(say("filtered"));
   if (end === "stopped") words.push(say("stopped"));
   if (end === "broken") words.push(say("broken"));
