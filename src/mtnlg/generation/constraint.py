@@ -14,7 +14,6 @@ from mtnlg.config.errors import MtnlgError
 from mtnlg.generation.native import NativeKernel
 
 WORD_BITS = 32
-WORTH_COMPILING = 4096  # tokens of a vocabulary: numpy takes some microseconds for a row of these
 # float32 [256, 8]: for each byte of a mask, 0 where its bits are set and -inf where not.
 MASK_OF_OCTET = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") > 0,
@@ -64,12 +63,6 @@ class Constraint(Protocol):
 def empty_bitmask(rows: int, vocab_size: int) -> Tensor:
     """Room for the masks of so many sequences: int32 [rows, ceil(vocab / 32)] on the CPU."""
     return torch.zeros(rows, -(-vocab_size // WORD_BITS), dtype=torch.int32)
-
-
-def load_kernel(vocab_size: int) -> None:
-    """Have the kernel for a vocabulary that is worth it; compiled if this machine has not done so."""
-    if vocab_size >= WORTH_COMPILING:
-        MASK.load()
 
 
 def rule_out(scores: Tensor, rows: Sequence[int], bitmask: Tensor) -> None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mtnlg.generation.constraint import MASK
 from mtnlg.generation.distribution import inverse_transform, row_probabilities
 from mtnlg.generation.native import NativeKernel
 from mtnlg.generation.penalties import PENALISE
@@ -52,6 +53,7 @@ def load_kernels() -> None:
     CHOOSE.load()
     LIKELIEST.load()
     PENALISE.load()
+    MASK.load()
 
 
 def choose(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from mtnlg.config.errors import ConfigError, DataError
-from mtnlg.generation.constraint import Constraint, load_kernel
+from mtnlg.generation.constraint import Constraint
 from mtnlg.generation.constraints.verse import verse_constraint
 from mtnlg.tokens.tokenizer import END_OF_TURN, Tokenizer
 
@@ -43,7 +43,6 @@ def constraint_from_options(
 
     if kind not in KINDS:
         raise ConfigError(f"constraint is {kind!r}: choose one of {', '.join(KINDS)}.")
-    load_kernel(vocab_size)
     ends = tuple(sorted(end_ids or default_end_ids(tokenizer)))
     if kind == "verse":
         return verse_constraint(tokenizer, vocab_size, value, ends)

@@ -61,7 +61,7 @@ class VerseMasks:
         self._rhymes: Kept[Ints] = Kept()
         self._beginnings: Kept[Bools] = Kept()
         self._numbers: dict[Hashable, int] = {}  # of what different places look like
-        self._views: dict[tuple[int, int], int] = {}  # of scheme and slot
+        self._views: dict[tuple[int, int, int], int] = {}
         self._tones: dict[bytes, npt.NDArray[np.uint8]] = {}
         self._num_parts = 0
 
@@ -92,15 +92,17 @@ class VerseMasks:
     # -- parts
 
     def _part(self, slot: int, path: Path, pending: bytes) -> Part:
-        key = (pending, self._view(path.scheme, slot), path.fits)
+        most_letters = self.tokens.table(pending).letters.shape[1]
+        key = (pending, self._view(path.scheme, slot, most_letters), path.fits)
         return self._parts.get(key, lambda: self._make_part(slot, path, pending))
 
-    def _view(self, scheme: int, slot: int) -> int:
-        """A number for what a scheme asks for from a slot on, as far as a token can reach."""
-        view = self._views.get((scheme, slot))
+    def _view(self, scheme: int, slot: int, most_letters: int) -> int:
+        """A number for what a scheme asks for from a slot on, as far as so many letters reach."""
+        view = self._views.get((scheme, slot, most_letters))
         if view is None:
-            looks = self.rules.view(scheme, slot, 2 * self.tokens.most_letters + 2)
-            view = self._views[scheme, slot] = self._numbers.setdefault(looks, len(self._numbers))
+            looks = self.rules.view(scheme, slot, 2 * most_letters + 2)  # what may be skipped is half of it
+            view = self._numbers.setdefault(looks, len(self._numbers))
+            self._views[scheme, slot, most_letters] = view
         return view
 
     def _make_part(self, slot: int, path: Path, pending: bytes) -> Part:
@@ -114,7 +116,7 @@ class VerseMasks:
 
     def begun(self, slot: int, path: Path) -> Bools:
         """bool [beginnings]: which of them begin a letter that may come next."""
-        key = (self._view(path.scheme, slot), *path[1:])
+        key = (self._view(path.scheme, slot, 1), *path[1:])
         return self._beginnings.get(
             key, lambda: beginnings().of(self.rules.letters_after(Place(slot, (path,))))
         )
