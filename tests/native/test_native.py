@@ -87,6 +87,8 @@ def test_it_is_compiled_once_and_again_when_its_text_changes(source, folder, com
     third = library(source)
     source.with_name("beside.h").write_text("// two")
     assert len({first, second, third, library(source)}) == 4
+    source.write_text(f"// flag: -DANSWER=5\n{SOURCE.replace('%d', 'ANSWER')}")
+    assert answer_of(library(source)) == 5
 
 
 def test_what_was_begun_is_waited_for_and_not_begun_twice(source, folder, compiler):

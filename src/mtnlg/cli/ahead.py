@@ -19,6 +19,7 @@ ATTENTION = {"paged_attention.cpp": ()}
 TILES = {"tiled_product.cpp": ("avx512f",)}
 STEP = {"step.cpp": ("avx512f",)}
 INTEGERS = {"integer_product.cpp": ("avx512_vnni",)}
+CHOICE = {"choose.cpp": ()}
 CODES = {"float_product.cpp": ("avx512f", "avx512bw", "avx512vl")}
 WORTH_BEGINNING = 10_000_000  # bytes of weights; for smaller models nothing is compiled
 GPU = Path("/dev/nvidiactl")
@@ -36,9 +37,8 @@ def begin_kernels(arguments: Namespace) -> None:
     from mtnlg.native import begin
 
     codes: dict[str, tuple[str, ...]] = dict(_codes(Path(arguments.model)))
-    wanted = TILES | codes | ATTENTION
-    if not codes and not arguments.deterministic:
-        wanted |= STEP
+    has_steps = not codes and not arguments.deterministic
+    wanted = codes | (STEP if has_steps else {}) | ATTENTION | TILES | CHOICE
     begin({KERNELS / file: needed for file, needed in wanted.items()})
 
 

@@ -23,6 +23,7 @@ from typing import IO
 from mtnlg.native.cache import PART, folder_to_write, kept, remove_old
 
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+_OWN_FLAGS = re.compile(r"^// flag: (-\S+)$", re.MULTILINE)  # in a source: what it wants besides
 COMPILING_SECONDS = 300
 WAITING_SECONDS = 0.005
 
@@ -48,7 +49,8 @@ class _Work:
             handle, part = tempfile.mkstemp(prefix=f"{kernel}{PART}", suffix=".so", dir=target.parent)
             os.close(handle)
             self._parts.append(part)
-            make = shlex.join([*shlex.split(compiler), *FLAGS, str(source), "-o", part])
+            flags = [*FLAGS, *_OWN_FLAGS.findall(source.read_text(encoding="utf-8"))]
+            make = shlex.join([*shlex.split(compiler), *flags, str(source), "-o", part])
             commands.append(f"{make} && mv {shlex.join([part, str(target)])}")
         self._failure: OSError | None = None
         # Ctrl-C interrupts the main thread only: there it could lose a process that has just begun.
@@ -121,12 +123,10 @@ _guard = threading.Lock()
 def begin(sources: Mapping[Path, Sequence[str]]) -> None:
     """Have libraries made that will be wanted soon; :func:`library` waits for them, and says what failed.
 
-    One core is left to the program meanwhile. Nothing happens for those that are there, that cannot be
-    made, or that another process makes.
+    Nothing happens for those that are there, that cannot be made, or that another process makes.
 
     Args:
-        sources: C++ files, those that are wanted first before the others, and what each needs
-            (:func:`library`).
+        sources: C++ files, those that take longest first, and what each needs (:func:`library`).
     """
     jobs = []
     with contextlib.suppress(OSError), _guard:
@@ -138,7 +138,7 @@ def begin(sources: Mapping[Path, Sequence[str]]) -> None:
                     lock = _acquire(target)
                     if lock is not None:
                         jobs.append((source, target, lock))
-        at_once = max(1, _num_cores() - 1)
+        at_once = _num_cores()
         for mine in (jobs[first::at_once] for first in range(min(at_once, len(jobs)))):
             work = _Work(
                 compiler, [(source, target) for source, target, _ in mine], [job[2] for job in mine]
