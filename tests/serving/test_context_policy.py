@@ -108,3 +108,31 @@ def test_a_rule_that_takes_too_long_is_refused_and_nobody_waits(start, monkeypat
             is_over.set()
     finally:
         is_over.set()
+
+
+@pytest.mark.parametrize("policy", ["refuse", "drop"])
+def test_an_answer_that_was_cut_off_goes_on(running, seen, policy):
+    asked = {"model": "tiny", "messages": [SYSTEM, LAST], "temperature": 0, "context_policy": policy}
+    whole = running.post("/v1/chat/completions", {**asked, "max_tokens": 12}).json()["choices"][0]
+    first = running.post("/v1/chat/completions", {**asked, "max_tokens": 5}).json()["choices"][0]
+    begun = [*asked["messages"], {"role": "assistant", "content": first["message"]["content"]}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    rest = running.post("/v1/chat/completions", {**asked, "messages": begun, "max_tokens": 7, **fields})
+    assert rest.status_code == 200, rest.text
+    assert seen[2] == seen[0] + first["message"]["content"]
+    text = rest.json()["choices"][0]["message"]["content"]
+    assert first["message"]["content"] + text == whole["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"continue_final_message": True}, "messages"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(running, fields, param):
+    asked = {"model": "tiny", "messages": [LAST], "max_tokens": 2, **fields}
+    answer = running.post("/v1/chat/completions", asked)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)

@@ -105,3 +105,16 @@ def test_the_page_needs_no_key_and_the_api_does(browser):
         visit.ask("hello")
         assert visit.page.locator(".notice").count() == 0
         visit.close()
+
+
+def test_an_answer_cut_off_by_its_length_goes_on(visit):
+    set_numbers(visit, max_tokens=6, temperature=0)
+    first = visit.ask("hello there")
+    visit.page.get_by_role("button", name="Go on").click()
+    visit.page.wait_for_function(
+        "(text) => document.querySelector('.assistant .body').innerText.length > text.length", arg=first
+    )
+    visit.ended()
+    assert visit.answers()[0].startswith(first)
+    assert visit.page.locator(".stats").inner_text().startswith("12 tokens")
+    assert visit.page.locator(".notice").count() == 0

@@ -34,7 +34,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     tools, must_call = chosen_tools(body.tools, body.tool_choice)
     check_count(state, body.n or 1, "n")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    conversation = Conversation(body.messages, tools, body.chat_template_kwargs or {}, wanted)
+    is_open = body.continue_final_message is True
+    conversation = Conversation(body.messages, tools, body.chat_template_kwargs or {}, wanted, is_open)
     notices: list[str] = []
     if body.context_policy in ("drop", "summarise"):
         prompt, notices = await prompt_in_window(state, visit, conversation, body, adapter)
@@ -71,6 +72,7 @@ def _check(body: ChatRequest) -> None:
     if body.top_logprobs is not None and not body.logprobs:
         message = "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled."
         raise invalid(message, "top_logprobs", "invalid_value")
+    _check_open(body)
     for number, turn in enumerate(body.messages):
         where = f"messages[{number}]"
         if turn.content is None and not (turn.role == "assistant" and turn.tool_calls):
@@ -79,6 +81,22 @@ def _check(body: ChatRequest) -> None:
         if turn.role == "tool" and turn.tool_call_id is None:
             text = f"Missing required parameter: '{where}.tool_call_id'."
             raise invalid(text, f"{where}.tool_call_id", "missing_required_parameter")
+
+
+def _check_open(body: ChatRequest) -> None:
+    """Refuse to go on with what is no beginning of an answer."""
+    last = body.messages[-1]
+    if not body.continue_final_message:
+        if body.add_generation_prompt is False:
+            message = "'add_generation_prompt' may be false only together with 'continue_final_message'."
+            raise invalid(message, "add_generation_prompt", "invalid_value")
+        return
+    if body.add_generation_prompt:
+        message = "'continue_final_message' and 'add_generation_prompt' exclude each other."
+        raise invalid(message, "add_generation_prompt", "invalid_value")
+    if last.role != "assistant" or not last.content or last.tool_calls:
+        message = "'continue_final_message' needs a last message of the assistant, with text and no calls."
+        raise invalid(message, "messages", "invalid_value")
 
 
 async def _constraint(state: ServerState, body: ChatRequest, called: Sequence[Tool]) -> Constraint | None:

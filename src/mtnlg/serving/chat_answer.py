@@ -39,7 +39,8 @@ class ChatAnswer:
     ) -> None:
         self._form = form
         is_stripped = form.content_of(" a ") == "a"
-        self._strippers = [Stripper() if is_stripped else None for _ in job.generations]
+        self._is_rest = body.continue_final_message is True
+        self._strippers = [Stripper(self._is_rest) if is_stripped else None for _ in job.generations]
         self._job, self._has_logprobs = job, bool(body.logprobs)
         self._vocabulary = state.backend.vocabulary
         self._includes_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -65,7 +66,8 @@ class ChatAnswer:
         return {**head, "choices": choices, "usage": self._job.usage()}
 
     def _choice(self, index: int, generation: Generation) -> dict[str, Any]:
-        content = self._form.content_of(generation.text)
+        before = "|" if self._is_rest else ""  # the space that the rest of an answer begins with counts
+        content = self._form.content_of(before + generation.text)[len(before) :]
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         num_calls = 0
         if self._tool_names:
@@ -152,10 +154,14 @@ class ChatAnswer:
 
 
 class Stripper:
-    """Takes the white space around a text away while it grows."""
+    """Takes the white space around a text away while it grows.
 
-    def __init__(self) -> None:
-        self._has_begun, self._held = False, ""
+    Args:
+        has_begun: something stands before it, so that white space there is part of it.
+    """
+
+    def __init__(self, has_begun: bool = False) -> None:
+        self._has_begun, self._held = has_begun, ""
 
     def push(self, text: str) -> str:
         """What is certain: white space is held back until something follows."""

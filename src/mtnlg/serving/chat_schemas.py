@@ -129,4 +129,10 @@ class ChatRequest(Sampling):
         description="What becomes of the oldest turns where the conversation is longer than the context: "
         "refuse (the default), drop, or summarise them.",
     )
+    continue_final_message: bool | None = Field(
+        None, description="The last message is the beginning of the answer; the answer is its rest."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="false with continue_final_message; nothing else is to be chosen."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables for the template.")

@@ -34,12 +34,14 @@ class Conversation:
         tools: that may be called.
         variables: for the template.
         wanted: tokens that the answer needs room for.
+        is_open: the last message is the beginning of the answer.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Tool] = ()
     variables: dict[str, Any] | None = None
     wanted: int | None = None
+    is_open: bool = False
 
     @property
     def plain(self) -> list[dict[str, Any]]:
@@ -77,7 +79,13 @@ async def prompt_of(state: ServerState, conversation: Conversation) -> DialogueP
         return await off_the_loop(
             state,
             lambda: dialogue_prompt(
-                backend.tokenizer, plain, described, form=backend.form, max_tokens=room, **variables
+                backend.tokenizer,
+                plain,
+                described,
+                form=backend.form,
+                max_tokens=room,
+                is_open=conversation.is_open,
+                **variables,
             ),
         )
     except (ConfigError, DataError, RecursionError) as error:
@@ -128,7 +136,8 @@ async def prompt_in_window(
             form = form.fixed(messages)
         window = DialogueWindow(form, DialogueIds(backend.tokenizer, form), limit)
         wanted = conversation.wanted or limit // 4
-        found = window.prompt(messages, wanted, policy, summarise, described, variables)
+        is_open = conversation.is_open
+        found = window.prompt(messages, wanted, policy, summarise, described, variables, is_open)
         return DialoguePrompt(found.ids, form.end_ids, form.stop, form), found.notices
 
     try:
