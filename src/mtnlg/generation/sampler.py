@@ -143,7 +143,9 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     logits = logits.float().contiguous()
     asking = [row for row, state in enumerate(states) if state.num_logprobs is not None]
     is_changing = any(_is_changing(state) for state in states)
-    before = logits[asking] if asking and is_changing else logits
+    before = logits
+    if asking and is_changing:
+        before = logits.clone() if len(asking) == len(states) else logits[asking]
     errors: dict[int, str] = {}
     if is_changing:
         errors = {row: NOT_FINITE for row, best in enumerate(_largest(logits)) if not math.isfinite(best)}
