@@ -7,10 +7,10 @@ import pytest
 
 from mtnlg import native
 from mtnlg.cli import ahead
-from mtnlg.generation import draws, integer_kernel, native_attention, native_step, tiled_linear
+from mtnlg.generation import constraint, draws, integer_kernel, native_attention, native_step, tiled_linear
 
-ALL = ahead.ATTENTION | ahead.TILES | ahead.STEP | ahead.INTEGERS | ahead.CODES | ahead.CHOICE
-USUAL = {"paged_attention.cpp", "tiled_product.cpp", "step.cpp", "choose.cpp"}
+ALL = ahead.DECODER | ahead.TILES | ahead.INTEGERS | ahead.CODES
+USUAL = {"decoder.cpp", "tiled_product.cpp", "choose.cpp", "mask.cpp"}
 
 
 @pytest.fixture
@@ -30,12 +30,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-def arguments(model, device=None, compile="auto", deterministic=False):
-    return SimpleNamespace(model=str(model), device=device, compile=compile, deterministic=deterministic)
+def arguments(model, device=None, compile="auto"):
+    return SimpleNamespace(model=str(model), device=device, compile=compile)
 
 
 def test_each_kernel_is_begun_as_it_is_loaded():
-    kernels = [tiled_linear.KERNEL, draws.CHOOSE, native_step.KERNEL, native_attention.KERNEL]
+    kernels = [
+        tiled_linear.KERNEL,
+        draws.CHOOSE,
+        constraint.MASK,
+        native_step.KERNEL,
+        native_attention.KERNEL,
+    ]
     kernels += [integer_kernel.KERNEL, integer_kernel.FLOAT_KERNEL]
     assert {kernel.file: tuple(kernel.needed) for kernel in kernels} == ALL
     assert all((ahead.KERNELS / name).is_file() for name in ALL)
@@ -46,7 +52,6 @@ def test_each_kernel_is_begun_as_it_is_loaded():
     [
         (dict(), USUAL),
         (dict(compile="on", device="cpu"), USUAL),
-        (dict(deterministic=True), USUAL - {"step.cpp"}),
         (dict(compile="off"), set()),
         (dict(device="cuda"), set()),
     ],
@@ -54,7 +59,6 @@ def test_each_kernel_is_begun_as_it_is_loaded():
 def test_what_a_model_needs_is_begun(begun, folder, given, wanted):
     ahead.begin_kernels(arguments(folder, **given))
     assert set(begun) == wanted
-    assert "step.cpp" not in begun[1:]  # which takes longest
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_what_a_model_needs_is_begun(begun, folder, given, wanted):
 def test_a_quantized_model_has_kernels_of_its_own(begun, folder, said, wanted):
     (folder / "config.json").write_text(json.dumps({"quantization_config": said}))
     ahead.begin_kernels(arguments(folder))
-    assert set(begun) == USUAL - {"step.cpp"} | wanted
+    assert set(begun) == USUAL | wanted
 
 
 def test_where_nothing_is_begun(begun, folder, tmp_path, monkeypatch):

@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 KERNELS = Path(mtnlg.__file__).parent / "generation" / "kernels"
 # What the processor must have for each; the kernels say the same where they are used.
-ATTENTION = {"paged_attention.cpp": ()}
+DECODER: dict[str, tuple[str, ...]] = {"decoder.cpp": (), "choose.cpp": (), "mask.cpp": ()}
 TILES = {"tiled_product.cpp": ("avx512f",)}
-STEP = {"step.cpp": ("avx512f",)}
 INTEGERS = {"integer_product.cpp": ("avx512_vnni",)}
-CHOICE = {"choose.cpp": ()}
 CODES = {"float_product.cpp": ("avx512f", "avx512bw", "avx512vl")}
 WORTH_BEGINNING = 10_000_000  # bytes of weights; for smaller models nothing is compiled
 GPU = Path("/dev/nvidiactl")
@@ -36,9 +34,7 @@ def begin_kernels(arguments: Namespace) -> None:
         return
     from mtnlg.native import begin
 
-    codes: dict[str, tuple[str, ...]] = dict(_codes(Path(arguments.model)))
-    has_steps = not codes and not arguments.deterministic
-    wanted = codes | (STEP if has_steps else {}) | ATTENTION | TILES | CHOICE
+    wanted = dict(_codes(Path(arguments.model))) | DECODER | TILES
     begin({KERNELS / file: needed for file, needed in wanted.items()})
 
 

@@ -1,4 +1,4 @@
-"""Attention of single tokens on a CPU, by a kernel of our own (``kernels/paged_attention.cpp``).
+"""Attention of single tokens on a CPU, by a kernel of our own (``kernels/paged_attention.cpp`` in ``decoder.cpp``).
 
 It computes what :func:`~mtnlg.generation.paged_attention.attend_pages` and ``attend_step`` describe. It is
 compiled once for a machine, in seconds, before the first step: nothing is compiled while answers run.
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 IS_BF16 = 1
 
 KERNEL = NativeKernel(
-    "paged_attention.cpp", "mtnlg_attend", [*[ctypes.c_void_p] * 8, ctypes.c_void_p, ctypes.c_int64], []
+    "decoder.cpp", "mtnlg_attend", [*[ctypes.c_void_p] * 8, ctypes.c_void_p, ctypes.c_int64], []
 )
 _Sizes = ctypes.c_int64 * 8
 

@@ -27,7 +27,7 @@ MOST_TOKENS = 512  # of one call
 NORM, PRODUCT, TURN, ATTEND = range(4)
 OF_RMS, WANTED = 1, 2  # flags of norms
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
-KERNEL = NativeKernel("step.cpp", "mtnlg_step", [_POINTER, _INTEGER, _POINTER, _INTEGER], ["avx512f"])
+KERNEL = NativeKernel("decoder.cpp", "mtnlg_step", [_POINTER, _INTEGER, _POINTER, _INTEGER], ["avx512f"])
 
 
 class _Operation(ctypes.Structure):

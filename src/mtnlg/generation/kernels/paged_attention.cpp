@@ -1,7 +1,4 @@
 // Attention of single tokens over keys and values in pages: see pages.h.
-//
-// Its vectors are written out: the compiler, which looks for none, takes two thirds of the time.
-// flag: -fno-tree-vectorize
 
 #include "pages.h"
 

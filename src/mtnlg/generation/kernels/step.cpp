@@ -2,9 +2,6 @@
 //
 // Threads are asked once for a step instead of once for each of a hundred operations, and between two of
 // them they wait for each other without going to sleep.
-//
-// Its vectors are written out: the compiler, which looks for none, takes two thirds of the time.
-// flag: -fno-tree-vectorize
 
 #ifndef __AVX512F__
 #error "needs AVX-512: see tiled_product.cpp"
