@@ -1,4 +1,4 @@
-"""Attention of single tokens on a CPU, by a kernel of our own (``kernels/paged_attention.cpp`` in ``decoder.cpp``).
+"""Attention of single tokens on a CPU, by a kernel of our own (``kernels/paged_attention.cpp``).
 
 It computes what :func:`~mtnlg.generation.paged_attention.attend_pages` and ``attend_step`` describe. It is
 compiled once for a machine, in seconds, before the first step: nothing is compiled while answers run.
