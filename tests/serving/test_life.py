@@ -16,6 +16,7 @@ from mtnlg.cli import main as cli
 from mtnlg.config.errors import CheckpointError, ConfigError
 from mtnlg.config.serving import ServerConfig
 from mtnlg.serving.lifecycle import Server
+from mtnlg.serving.logs import logging_to
 from mtnlg.serving.port import PortError, listen
 
 NAME = "tiny"
@@ -112,7 +113,19 @@ def lose_everything(folder):
         path.unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_weights, damage_config, lose_tokenizer, lose_everything])
+def nest_config(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def misspell_config(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "n_layer": "two"}))
+
+
+DAMAGES = [damage_weights, damage_config, nest_config, misspell_config, lose_tokenizer, lose_everything]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_model_that_cannot_be_read_ends_the_server(folder, tmp_path, damage, capsys):
     import shutil
 
@@ -196,6 +209,46 @@ def test_what_takes_too_long_to_finish_is_told_so(start):
         running.runner.allow()
         running.thread.join(PATIENCE_SECONDS)
         assert not running.thread.is_alive()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(
+    ("number", "is_ignored"), [("SIGTERM", False), ("SIGHUP", False), ("SIGHUP", True)]
+)
+def test_signals_are_heard_unless_nohup_says_otherwise(number, is_ignored):
+    number = getattr(signal, number)
+    server = Server(ServerConfig(port=0), lambda: None)
+    before = signal.signal(number, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        with server._uvicorn.capture_signals():
+            os.kill(os.getpid(), number)
+        assert server._num_signals == (not is_ignored)
+    finally:
+        signal.signal(number, before)
+        server._socket.close()
+
+
+def test_work_that_goes_on_keeps_no_process_alive():
+    """A rule that takes minutes to compile must not outlive the server that was asked for it."""
+    code = (
+        "import time; from mtnlg.serving.workers import Workers; workers = Workers(1, 'slow');"
+        "workers.submit(time.sleep, 600); late = workers.submit(print, 'late');"
+        "workers.shutdown(); print('over')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "over\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_for_the_log_stops_nobody(start, monkeypatch):
+    monkeypatch.setattr("logging.raiseExceptions", False)
+    full = open("/dev/full", "w")  # noqa: SIM115  # closing it fails as well
+    with logging_to(full, "json"), start() as running:
+        for _ in range(3):
+            assert running.post("/v1/completions", BODY).status_code == 200
+    with pytest.raises(OSError):
+        full.close()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

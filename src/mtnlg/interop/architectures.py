@@ -200,8 +200,10 @@ def _config(
         derived["attention_output_bias"] = before.has_attention_output_bias
         changed = {name: value for name, value in known.items() if derived[name] != value}
         return MegatronModelConfig(**{**own, **changed})
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise CheckpointError(f"{where}: a value is of the wrong type ({error}).") from None
 
 
 def _refuse_unsupported(family: Architecture, saved: dict[str, Any], where: str) -> None:

@@ -392,7 +392,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         parsed = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: broken JSON ({error}).") from None
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path}: it must hold a JSON object, not a {type(parsed).__name__}.")
