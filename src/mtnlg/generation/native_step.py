@@ -19,12 +19,13 @@ from mtnlg.generation.paged_attention import PagePool
 from mtnlg.generation.prepared import PreparedDecoder
 from mtnlg.generation.prepared_blocks import PreparedExperts, PreparedMlp, PreparedNorm
 from mtnlg.generation.prepared_layers import PreparedLayer, PreparedParallelLayer, TokenRotations
+from mtnlg.generation.quantized_linears import CodesLinear
 from mtnlg.generation.step_plan import TokenPlan
 from mtnlg.generation.tiled_linear import ACTIVATIONS, IS_BF16, TiledLinear
 
 LANES = 16
 MOST_TOKENS = 512  # of one call
-NORM, PRODUCT, TURN, ATTEND = range(4)
+NORM, PRODUCT, CALL, TURN, ATTEND = range(5)
 OF_RMS, WANTED = 1, 2  # flags of norms
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 KERNEL = NativeKernel("decoder.cpp", "mtnlg_step", [_POINTER, _INTEGER, _POINTER, _INTEGER], ["avx512f"])
@@ -46,6 +47,7 @@ class _Step(ctypes.Structure):
         ("num_groups", _INTEGER),
         *((name, _POINTER) for name in ("cosine", "sine", "wanted")),
         ("num_wanted", _INTEGER),
+        ("space", _POINTER),
     )
 
 
@@ -53,7 +55,7 @@ def native_step(decoder: PreparedDecoder, pools: Mapping[int, PagePool]) -> Nati
     """``decoder`` as one list of operations.
 
     Args:
-        decoder: prepared in tiles.
+        decoder: prepared for our own kernels.
         pools: keys and values of each layer.
 
     Returns:
@@ -61,7 +63,7 @@ def native_step(decoder: PreparedDecoder, pools: Mapping[int, PagePool]) -> Nati
     """
     layers = decoder.layers
     known = all(_is_known(layer) and type(pools[layer.index]) is PagePool for layer in layers)
-    if not known or not _is_tiled(decoder.output) or not _fits(decoder.norm) or KERNEL.load() is None:
+    if not known or not _has_kernel(decoder.output) or not _fits(decoder.norm) or KERNEL.load() is None:
         return None
     return NativeStep(decoder, pools)
 
@@ -72,10 +74,12 @@ def _is_known(layer: PreparedLayer) -> bool:
     if layer.scores is not None or layer.query_scale != 1.0 or layer.query_norm is not None:
         return False
     norms = layer.attention_norm, layer.mlp_norm
-    return all(map(_fits, norms)) and all(map(_is_tiled, layer.linears))
+    return all(map(_fits, norms)) and all(map(_has_kernel, layer.linears))
 
 
-def _is_tiled(linear: Linear) -> bool:
+def _has_kernel(linear: Linear) -> bool:
+    if type(linear) is CodesLinear:
+        return linear.order is None
     return type(linear) is TiledLinear and not linear.missing
 
 
@@ -92,10 +96,10 @@ class NativeStep:
     def __init__(self, decoder: PreparedDecoder, pools: Mapping[int, PagePool]) -> None:
         self._decoder, self._pools = decoder, pools  # the list points at what they hold
         self._function, self._held = KERNEL.load(), dict[tuple[str, int], Tensor]()
-        self._dtype = decoder.dtype
+        self._dtype, self._space = decoder.dtype, 0  # bytes of a row that products want
         self._flags = IS_BF16 * (decoder.dtype == torch.bfloat16)
         output = decoder.output
-        self._vocab_size = _tiled(output).outputs
+        self._vocab_size = _outputs(output)
         width = decoder.norm.weight.numel()
         self._hidden, self._normed = self._buffer("hidden", width), self._buffer("normed", width)
         found: list[_Operation] = []
@@ -105,6 +109,7 @@ class NativeStep:
         found.append(self._norm(decoder.norm, self._normed, WANTED))
         found.append(self._product(output, self._normed, None))
         self._operations = (_Operation * len(found))(*found)
+        self._scratch = torch.empty(MOST_TOKENS * self._space, dtype=torch.uint8)
 
     def __call__(self, plan: TokenPlan) -> Tensor:
         """See the class."""
@@ -115,6 +120,7 @@ class NativeStep:
         for name in ("new_pages", "new_places", "pages", "lengths", "groups", "wanted"):
             setattr(step, name, getattr(plan, name).data_ptr())
         step.num_groups, step.num_wanted = len(plan.groups), num_wanted
+        step.space = self._scratch.data_ptr()
         rotations = TokenRotations(self._decoder.config, plan.positions, self._dtype)
         rotation = rotations.of_layer(self._decoder.layers[0])
         turned = () if rotation is None else (rotation[0].contiguous(), rotation[1].contiguous())
@@ -144,11 +150,11 @@ class NativeStep:
 
     def _add_mlp(self, found: list[_Operation], mlp: PreparedMlp | PreparedExperts, source: Tensor) -> None:
         assert isinstance(mlp, PreparedMlp)
-        between = self._buffer("between", _tiled(mlp.up).outputs)
+        between = self._buffer("between", _outputs(mlp.up))
         if mlp.gate is None:
             found.append(self._product(mlp.up, source, between, mlp.activation))
         else:
-            gate = self._buffer("gate", _tiled(mlp.gate).outputs)
+            gate = self._buffer("gate", _outputs(mlp.gate))
             found.append(self._product(mlp.gate, source, gate, mlp.activation))
             found.append(self._product(mlp.up, source, between, times=gate))
         found.append(self._product(mlp.down, between, self._hidden, plus=self._hidden))
@@ -180,19 +186,19 @@ class NativeStep:
         plus: Tensor | None = None,
         times: Tensor | None = None,
     ) -> _Operation:
-        tiled = _tiled(linear)
         other = times if plus is None else plus
-        return _Operation(
-            PRODUCT,
-            ACTIVATIONS[activation],
-            plus is not None,
-            source.data_ptr(),
-            None if target is None else target.data_ptr(),
-            tiled.tiles.data_ptr(),
-            None if tiled.bias is None else tiled.bias.data_ptr(),
-            None if other is None else other.data_ptr(),
-            (tiled.outputs, tiled.words),
-        )
+        places = [None if x is None else x.data_ptr() for x in (source, target)]
+        behind = None if other is None else other.data_ptr()
+        how = ACTIVATIONS[activation], plus is not None, *places
+        if isinstance(linear, TiledLinear):
+            bias = None if linear.bias is None else linear.bias.data_ptr()
+            return _Operation(
+                PRODUCT, *how, linear.tiles.data_ptr(), bias, behind, (linear.outputs, linear.words)
+            )
+        assert isinstance(linear, CodesLinear)
+        self._space = max(self._space, linear.space)
+        function = ctypes.cast(linear.kernel, _POINTER)
+        return _Operation(CALL, *how, ctypes.addressof(linear.matrix), function, behind)
 
     def _turn(self, layer: PreparedLayer, projected: Tensor) -> _Operation:
         heads, size = sum(layer.sizes[:2]) // layer.head_size, layer.head_size
@@ -211,6 +217,6 @@ class NativeStep:
         )
 
 
-def _tiled(linear: Linear) -> TiledLinear:
-    assert isinstance(linear, TiledLinear)
-    return linear
+def _outputs(linear: Linear) -> int:
+    assert isinstance(linear, TiledLinear | CodesLinear)
+    return linear.outputs

@@ -8,7 +8,8 @@ that the codes stand for, laid out like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtnlg.generation.huge_pages import use_huge_pages
-from mtnlg.generation.integer_kernel import FLOAT_KERNEL, KERNEL
-from mtnlg.generation.linears import Linear, make_linear
+from mtnlg.generation.integer_kernel import FLOAT_KERNEL, KERNEL, Call, MatrixOfCodes
+from mtnlg.generation.linears import Activations, Linear, make_linear
 from mtnlg.generation.native import NativeKernel
+from mtnlg.generation.tiled_linear import ACTIVATIONS
 from mtnlg.quantization import QuantizedLinear
 from mtnlg.quantization.linear import rounded_activations
 from mtnlg.quantization.numbers import Codes
@@ -26,9 +28,6 @@ from mtnlg.quantization.numbers import Codes
 TILE = 32  # outputs
 INPUTS_OF_A_VECTOR = 8  # two times four
 ROW_TYPES = (torch.float32, torch.bfloat16)
-IS_INT4, HAS_BF16_SCALES, IS_BF16, IS_SUM = 1, 2, 4, 8  # what the kernel is told
-
-Activations = dict[str, Callable[[Tensor], Tensor]]
 
 
 def kernel_of(module: object) -> NativeKernel | None:
@@ -57,9 +56,12 @@ class CodesLinear:
         length: inputs of a group.
         is_int4: whether codes have four bits.
         bias: [out].
-        activations: functions by name.
         kernel: as one of :mod:`~mtnlg.generation.integer_kernel` is loaded.
         order: [in] the input that each column of codes belongs to; ``None`` is their own order.
+
+    Attributes:
+        matrix: what the kernel is told of it.
+        space: bytes that the kernel wants for each row.
     """
 
     def __init__(
@@ -68,11 +70,10 @@ class CodesLinear:
         length: int,
         is_int4: bool,
         bias: Tensor | None,
-        activations: Activations,
         kernel: Any,
         order: Tensor | None = None,
     ) -> None:
-        self.activations, self._kernel, self._order = activations, kernel, order
+        self.kernel, self.order = kernel, order
         self.outputs, self.inputs = codes.codes.shape
         self.groups = codes.scales.shape[1]
         self.group = -(-length // INPUTS_OF_A_VECTOR) * INPUTS_OF_A_VECTOR
@@ -86,12 +87,12 @@ class CodesLinear:
         self.bias = None if bias is None else bias.float().contiguous()
         self.num_bytes = sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
         use_huge_pages(self.codes.data_ptr(), self.codes.nbytes)
-        self._flags = IS_INT4 * is_int4 + HAS_BF16_SCALES * is_short
-        self._places = [None if t is None else t.data_ptr() for t in self._parts]
-
-    @property
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.codes, self.scales, self.zeros, self.bias
+        places = [
+            None if t is None else t.data_ptr() for t in (self.codes, self.scales, self.zeros, self.bias)
+        ]
+        sizes = self.outputs, self.inputs, self.groups, self.group
+        self.matrix = MatrixOfCodes(*places, *sizes, is_int4, is_short)
+        self.space = 4 * (self.groups * self.group + self.groups + 1)
 
     def __call__(
         self,
@@ -102,25 +103,16 @@ class CodesLinear:
     ) -> Tensor:
         """See :class:`~mtnlg.generation.linears.Linear`."""
         other = plus if times is None else times
-        rows = rows.contiguous() if self._order is None else rows.index_select(1, self._order)
+        rows = rows.contiguous() if self.order is None else rows.index_select(1, self.order)
         found = rows.new_empty(rows.shape[0], self.outputs)
         if other is not None:
             other = other.contiguous()
-        flags = self._flags + IS_BF16 * (rows.dtype == torch.bfloat16) + IS_SUM * (plus is not None)
-        self._kernel(
-            rows.data_ptr(),
-            found.data_ptr(),
-            None if other is None else other.data_ptr(),
-            rows.shape[0],
-            *self._places,
-            self.outputs,
-            self.inputs,
-            self.groups,
-            self.group,
-            flags,
-            torch.get_num_threads(),
-        )
-        return found if activation is None else self.activations[activation](found)
+        space = torch.empty(len(rows) * self.space, dtype=torch.uint8)
+        places = rows.data_ptr(), found.data_ptr(), None if other is None else other.data_ptr()
+        how = ACTIVATIONS[activation], plus is not None, rows.dtype == torch.bfloat16
+        call = Call(*places, space.data_ptr(), rows.shape[0], *how)
+        self.kernel(ctypes.byref(self.matrix), ctypes.byref(call), torch.get_num_threads())
+        return found
 
 
 class RoundedLinear:
@@ -166,7 +158,7 @@ def make_quantized_linear(
         is_int4 = modules[0].config.weights == "int4"
         bias = torch.cat(given) if given else None
         length, codes = modules[0].group_length, _side_by_side(modules)
-        return CodesLinear(codes, length, is_int4, bias, activations, kernel.loaded, modules[0].order)
+        return CodesLinear(codes, length, is_int4, bias, kernel.loaded, modules[0].order)
     weights = [module.dequantize().to(dtype) for module in modules]
     inner = make_linear(weights, biases, dtype, activations, in_tiles)
     return RoundedLinear(inner) if modules[0].config.activations == "int8" else inner

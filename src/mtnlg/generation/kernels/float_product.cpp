@@ -14,8 +14,10 @@
 namespace {
 
 struct Rows {
-  float* words;  // [rows][steps * 4 bytes], in the order in which vectors are decoded
   float* sums;  // [rows][groups]
+  float* words;  // [rows][steps * 4 bytes], in the order in which vectors are decoded
+  Rows(const Matrix& m, const Call& call)
+      : sums(static_cast<float*>(call.space)), words(sums + call.rows * m.groups) {}
 };
 
 // Each kind says how many inputs lie in a vector of codes, in how many steps they become numbers, how a step
@@ -97,11 +99,11 @@ inline __m512 add(__m512 sums, __m512 numbers, float word) {
 }
 
 template <typename Kind>
-struct Product {
+struct Tiles {
   static constexpr bool kIsPairs = Kind::kSteps < Kind::kInputs;
   const Matrix& m;
   const Rows& rows;
-  const Outputs& out;
+  const Call& call;
   const int64_t words;  // of a row
   const Kind kind;
 
@@ -120,7 +122,7 @@ struct Product {
 
   template <int kRows>
   void run(int64_t tile, int64_t first_row) const {
-    const uint8_t* codes = m.codes + tile * kTile * m.padded / Kind::kInputs * 4;
+    const uint8_t* codes = m.codes + tile * kTile * m.padded() / Kind::kInputs * 4;
     const float* own[kRows];
     for (int r = 0; r < kRows; ++r) own[r] = rows.words + (first_row + r) * words;
     __m512 totals[kRows][2];
@@ -136,10 +138,7 @@ struct Product {
       }
       for (int half = 0; half < 2; ++half) fold<kRows>(totals, sums, half, tile, g, first_row);
     }
-    for (int r = 0; r < kRows; ++r) {
-      store(totals[r][0], m, out, first_row + r, tile * kTile);
-      store(totals[r][1], m, out, first_row + r, tile * kTile + 16);
-    }
+    for (int r = 0; r < kRows; ++r) finish(totals[r], m, call, first_row + r, tile);
   }
 
   // A group's sums to the totals: (sum of code * input - zero * sum of inputs) * scale.
@@ -165,8 +164,8 @@ struct Product {
   // A row's inputs in the order of the steps, and the sum of each of its groups.
   void lay_out(const void* row, int64_t number) const {
     static thread_local std::vector<float> memory;
-    float* wide = scratch(memory, m.padded);
-    widen(row, out.is_bf16, m, wide);
+    float* wide = scratch(memory, m.padded());
+    widen(row, call.is_bf16, m, wide);
     if (m.zeros) {
       for (int64_t g = 0; g < m.groups; ++g) {
         float sum = 0.0f;
@@ -176,7 +175,7 @@ struct Product {
     }
     float* own = rows.words + number * words;
     uint16_t* halves = reinterpret_cast<uint16_t*>(own);
-    for (int64_t k = 0; k < m.padded; k += Kind::kInputs) {
+    for (int64_t k = 0; k < m.padded(); k += Kind::kInputs) {
       for (int i = 0; i < Kind::kInputs; ++i) {
         const float value = wide[k + Kind::kOrder[i]];
         if constexpr (kIsPairs) {
@@ -190,37 +189,34 @@ struct Product {
 };
 
 template <typename Kind>
-void product(const Matrix& m, const Rows& rows, const Outputs& out, const void* inputs, int64_t num_rows,
-             int64_t threads) {
-  const Product<Kind> all{m, rows, out, m.padded / Kind::kInputs * Kind::kSteps, Kind()};
-  const int64_t tiles = (m.outputs + kTile - 1) / kTile;
-  const int64_t row_bytes = m.inputs * (out.is_bf16 ? 2 : 4);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for
-    for (int64_t row = 0; row < num_rows; ++row) all.lay_out(static_cast<const char*>(inputs) + row * row_bytes, row);
-    // Small shares until all is done: a thread whose core has other work delays nobody.
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t tile = 0; tile < tiles; ++tile) rows_of_tile<kMostRows>(all, tile, 0, num_rows);
+void share(const Matrix& m, const Call& call) {
+  const Rows rows(m, call);
+  const Tiles<Kind> tiles{m, rows, call, m.padded() / Kind::kInputs * Kind::kSteps, Kind()};
+  const int64_t row_bytes = m.inputs * (call.is_bf16 ? 2 : 4);
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < call.rows; ++row) {
+    tiles.lay_out(static_cast<const char*>(call.inputs) + row * row_bytes, row);
   }
+  // Small shares until all is done: a thread whose core has other work delays nobody.
+#pragma omp for schedule(dynamic, 2)
+  for (int64_t tile = 0; tile < m.tiles(); ++tile) {
+    by_rows(0, call.rows, [&](auto count, int64_t row) { tiles.template run<count()>(tile, row); });
+  }
+}
+
+void share_any(const void* matrix, const Call* call) {
+  const Matrix& m = *static_cast<const Matrix*>(matrix);
+#ifdef __AVX512BF16__
+  if (call->is_bf16) return (m.is_int4 ? share<Int4Pairs> : share<Int8Pairs>)(m, *call);
+#endif
+  (m.is_int4 ? share<Int4Floats> : share<Int8Floats>)(m, *call);
 }
 
 }  // namespace
 
-// flags: 1 codes of 4 bits, 2 scales in bf16, 4 rows and outputs in bf16, 8 ``other`` is added.
-extern "C" void mtnlg_float_product(const void* inputs, void* values, const void* other, int64_t num_rows,
-                                    const uint8_t* codes, const void* scales, const uint8_t* zeros,
-                                    const float* bias, int64_t outputs, int64_t num_inputs, int64_t groups,
-                                    int64_t group, int64_t flags, int64_t threads) {
-  const Matrix m{outputs, num_inputs, groups * group, groups, group, codes, scales, bool(flags & 2), zeros, bias};
-  static thread_local std::vector<float> row_words, row_sums;
-  const Rows rows{scratch(row_words, num_rows * m.padded), scratch(row_sums, num_rows * groups)};
-  const Outputs out{values, other, bool(flags & 8), bool(flags & 4)};
-  const bool is_int4 = flags & 1;
-#ifdef __AVX512BF16__
-  if (out.is_bf16) {
-    return (is_int4 ? product<Int4Pairs> : product<Int8Pairs>)(m, rows, out, inputs, num_rows, threads);
-  }
-#endif
-  (is_int4 ? product<Int4Floats> : product<Int8Floats>)(m, rows, out, inputs, num_rows, threads);
+// See ``Product`` in call.h.
+extern "C" void mtnlg_float_product(const void* matrix, const Call* call, int64_t threads) {
+  if (threads == 0) return share_any(matrix, call);
+#pragma omp parallel num_threads(threads)
+  share_any(matrix, call);
 }

@@ -14,9 +14,13 @@
 namespace {
 
 struct Rows {
-  int8_t* codes;  // [rows][padded]
-  int32_t* sums;  // [rows][groups]
   float* scales;  // [rows]
+  int32_t* sums;  // [rows][groups]
+  int8_t* codes;  // [rows][padded]
+  Rows(const Matrix& m, const Call& call)
+      : scales(static_cast<float*>(call.space)),
+        sums(reinterpret_cast<int32_t*>(scales + call.rows)),
+        codes(reinterpret_cast<int8_t*>(sums + call.rows * m.groups)) {}
 };
 
 inline __m512i four_inputs(const int8_t* place) {
@@ -28,22 +32,22 @@ inline __m512i four_inputs(const int8_t* place) {
 // One row to 8 bits under its own scale, and the sum of each of its groups.
 void round_row(const void* row, bool is_bf16, const Matrix& m, int8_t* codes, int32_t* sums, float* scale) {
   static thread_local std::vector<float> memory;
-  float* copy = scratch(memory, m.padded);
+  float* copy = scratch(memory, m.padded());
   widen(row, is_bf16, m, copy);
   __m512 largest = _mm512_setzero_ps();
   int64_t i = 0;
-  for (; i + 16 <= m.padded; i += 16) {
+  for (; i + 16 <= m.padded(); i += 16) {
     largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(copy + i)));
   }
   float most = _mm512_reduce_max_ps(largest);
-  for (; i < m.padded; ++i) most = std::max(most, std::fabs(copy[i]));
+  for (; i < m.padded(); ++i) most = std::max(most, std::fabs(copy[i]));
   *scale = std::max(most / 127.0f, 1e-12f);
   const __m512 divisor = _mm512_set1_ps(*scale);
-  for (i = 0; i + 16 <= m.padded; i += 16) {
+  for (i = 0; i + 16 <= m.padded(); i += 16) {
     const __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(_mm512_loadu_ps(copy + i), divisor));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtsepi32_epi8(whole));
   }
-  for (; i < m.padded; ++i) codes[i] = int8_t(std::nearbyint(copy[i] / *scale));
+  for (; i < m.padded(); ++i) codes[i] = int8_t(std::nearbyint(copy[i] / *scale));
   for (int64_t g = 0; g < m.groups; ++g) {
     int32_t sum = 0;
     for (int64_t k = 0; k < m.group; ++k) sum += codes[g * m.group + k];
@@ -52,18 +56,18 @@ void round_row(const void* row, bool is_bf16, const Matrix& m, int8_t* codes, in
 }
 
 template <bool kIsInt4>
-struct Product {
+struct Tiles {
   const Matrix& m;
   const Rows& rows;
-  const Outputs& out;
+  const Call& call;
 
   template <int kRows>
   void run(int64_t tile, int64_t first_row) const {
     constexpr int kInputs = kIsInt4 ? 8 : 4;  // of one vector
-    const uint8_t* codes = m.codes + tile * kTile * m.padded / (kIsInt4 ? 2 : 1);
+    const uint8_t* codes = m.codes + tile * kTile * m.padded() / (kIsInt4 ? 2 : 1);
     const __m512i low_half = _mm512_set1_epi8(15);
     const int8_t* own[kRows];
-    for (int r = 0; r < kRows; ++r) own[r] = rows.codes + (first_row + r) * m.padded;
+    for (int r = 0; r < kRows; ++r) own[r] = rows.codes + (first_row + r) * m.padded();
     __m512 sums[kRows][2];
     for (auto& pair : sums) pair[0] = pair[1] = _mm512_setzero_ps();
     for (int64_t g = 0; g < m.groups; ++g) {
@@ -115,45 +119,39 @@ struct Product {
     }
     for (int r = 0; r < kRows; ++r) {
       const __m512 scale = _mm512_set1_ps(rows.scales[first_row + r]);
-      store(_mm512_mul_ps(sums[r][0], scale), m, out, first_row + r, tile * kTile);
-      store(_mm512_mul_ps(sums[r][1], scale), m, out, first_row + r, tile * kTile + 16);
+      const __m512 found[2] = {_mm512_mul_ps(sums[r][0], scale), _mm512_mul_ps(sums[r][1], scale)};
+      finish(found, m, call, first_row + r, tile);
     }
   }
 };
 
 template <bool kIsInt4>
-void product(const Matrix& m, const Rows& rows, const Outputs& out, const void* inputs, int64_t num_rows,
-             int64_t threads) {
-  const int64_t tiles = (m.outputs + kTile - 1) / kTile;
-  const int64_t row_bytes = m.inputs * (out.is_bf16 ? 2 : 4);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for
-    for (int64_t row = 0; row < num_rows; ++row) {
-      round_row(static_cast<const char*>(inputs) + row * row_bytes, out.is_bf16, m, rows.codes + row * m.padded,
-                rows.sums + row * m.groups, rows.scales + row);
-    }
-    // Small shares until all is done: a thread whose core has other work delays nobody.
-#pragma omp for schedule(dynamic, 2)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      rows_of_tile<kMostRows>(Product<kIsInt4>{m, rows, out}, tile, 0, num_rows);
-    }
+void share(const Matrix& m, const Call& call) {
+  const Rows rows(m, call);
+  const Tiles<kIsInt4> tiles{m, rows, call};
+  const int64_t row_bytes = m.inputs * (call.is_bf16 ? 2 : 4);
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < call.rows; ++row) {
+    round_row(static_cast<const char*>(call.inputs) + row * row_bytes, call.is_bf16, m,
+              rows.codes + row * m.padded(), rows.sums + row * m.groups, rows.scales + row);
   }
+  // Small shares until all is done: a thread whose core has other work delays nobody.
+#pragma omp for schedule(dynamic, 2)
+  for (int64_t tile = 0; tile < m.tiles(); ++tile) {
+    by_rows(0, call.rows, [&](auto count, int64_t row) { tiles.template run<count()>(tile, row); });
+  }
+}
+
+void share_any(const void* matrix, const Call* call) {
+  const Matrix& m = *static_cast<const Matrix*>(matrix);
+  (m.is_int4 ? share<true> : share<false>)(m, *call);
 }
 
 }  // namespace
 
-// flags: 1 codes of 4 bits, 2 scales in bf16, 4 rows and outputs in bf16, 8 ``other`` is added.
-extern "C" void mtnlg_integer_product(const void* inputs, void* values, const void* other, int64_t num_rows,
-                                      const uint8_t* codes, const void* scales, const uint8_t* zeros,
-                                      const float* bias, int64_t outputs, int64_t num_inputs, int64_t groups,
-                                      int64_t group, int64_t flags, int64_t threads) {
-  const Matrix m{outputs, num_inputs, groups * group, groups, group, codes, scales, bool(flags & 2), zeros, bias};
-  static thread_local std::vector<int8_t> row_codes;
-  static thread_local std::vector<int32_t> row_sums;
-  static thread_local std::vector<float> row_scales;
-  const Rows rows{scratch(row_codes, num_rows * m.padded), scratch(row_sums, num_rows * groups),
-                  scratch(row_scales, num_rows)};
-  const Outputs out{values, other, bool(flags & 8), bool(flags & 4)};
-  (flags & 1 ? product<true> : product<false>)(m, rows, out, inputs, num_rows, threads);
+// See ``Product`` in call.h.
+extern "C" void mtnlg_integer_product(const void* matrix, const Call* call, int64_t threads) {
+  if (threads == 0) return share_any(matrix, call);
+#pragma omp parallel num_threads(threads)
+  share_any(matrix, call);
 }

@@ -7,13 +7,9 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "outputs.h"
 
 namespace {
-
-constexpr int64_t kTile = 2 * kLanes;  // outputs
-constexpr int64_t kMostRows = 8;  // of one pass over a tile: 16 sums stay in registers
-constexpr int64_t kAhead = 1536;  // bytes that are asked for before they are needed
 
 struct Matrix {
   int64_t outputs, words;  // words of 4 bytes of one row: an input, or a pair of them in bf16
@@ -21,29 +17,6 @@ struct Matrix {
   const float* bias;  // [outputs], or null
   int64_t tiles() const { return (outputs + kTile - 1) / kTile; }
 };
-
-struct Outputs {
-  void* values;  // [rows][outputs]
-  int64_t activation;
-  const void* other;  // like values, or null
-  bool is_sum;  // other is added, not multiplied
-};
-
-template <typename Number>
-inline void store(const Floats* sums, const Matrix& m, const Outputs& out, int64_t row, int64_t first) {
-  typedef typename Number::Value Value;
-  for (int64_t half = 0; half < 2 && first < m.outputs; ++half, first += kLanes) {
-    const int64_t count = m.outputs - first, place = row * m.outputs + first;
-    Floats found = sums[half];
-    if (m.bias) found += load_some<Float32>(m.bias + first, count);
-    if (out.activation != kNone) found = activated(found, out.activation);
-    if (out.other) {
-      const Floats other = load_some<Number>(static_cast<const Value*>(out.other) + place, count);
-      found = out.is_sum ? found + other : found * other;
-    }
-    store_some<Number>(static_cast<Value*>(out.values) + place, found, count);
-  }
-}
 
 template <typename Number, int kRows>
 void tile_by_rows(const Matrix& m, const uint32_t* rows, const Outputs& out, int64_t tile, int64_t first_row) {
@@ -65,17 +38,10 @@ void tile_by_rows(const Matrix& m, const uint32_t* rows, const Outputs& out, int
       Number::add(sums[r][1], right, word);
     }
   }
-  for (int r = 0; r < kRows; ++r) store<Number>(sums[r], m, out, first_row + r, tile * kTile);
-}
-
-template <typename Number, int kRows>
-void rows_of_tile(const Matrix& m, const uint32_t* rows, const Outputs& out, int64_t tile, int64_t row,
-                  int64_t left) {
-  if constexpr (kRows > 1) {
-    if (left < kRows) return rows_of_tile<Number, kRows - 1>(m, rows, out, tile, row, left);
+  for (int r = 0; r < kRows; ++r) {
+    finish<Number>(sums[r][0], m.bias, out, m.outputs, first_row + r, tile * kTile);
+    finish<Number>(sums[r][1], m.bias, out, m.outputs, first_row + r, tile * kTile + kLanes);
   }
-  tile_by_rows<Number, kRows>(m, rows, out, tile, row);
-  if (left > kRows) rows_of_tile<Number, kRows>(m, rows, out, tile, row + kRows, left - kRows);
 }
 
 // To be called by all threads of a parallel region; they leave together.
@@ -84,7 +50,7 @@ void share_product(const Matrix& m, const uint32_t* rows, const Outputs& out, in
   // Small shares until all is done: a thread whose core has other work delays nobody.
 #pragma omp for schedule(dynamic, 2)
   for (int64_t tile = 0; tile < m.tiles(); ++tile) {
-    rows_of_tile<Number, kMostRows>(m, rows, out, tile, 0, num_rows);
+    by_rows(0, num_rows, [&](auto count, int64_t row) { tile_by_rows<Number, count()>(m, rows, out, tile, row); });
   }
 }
 

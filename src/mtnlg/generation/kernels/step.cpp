@@ -7,12 +7,13 @@
 #error "needs AVX-512: see tiled_product.cpp"
 #endif
 
+#include "call.h"
 #include "matrix.h"
 #include "pages.h"
 
 namespace {
 
-enum Kind : int64_t { kNorm, kProduct, kTurn, kAttend };
+enum Kind : int64_t { kNorm, kProduct, kCall, kTurn, kAttend };
 
 constexpr int64_t kOfRms = 1, kWanted = 2;  // flags of norms
 
@@ -33,6 +34,7 @@ struct Step {
   const void *cosine, *sine;  // [tokens][rotary_dim], or null
   const int64_t* wanted;  // tokens whose logits are
   int64_t num_wanted;
+  void* space;  // of products elsewhere
 };
 
 // (x - mean) / deviation * weight + bias, or x / root mean square * weight. sizes: of a row.
@@ -87,6 +89,14 @@ void multiply(const Operation& o, const Step& step) {
   share_product<Number>(m, static_cast<const uint32_t*>(o.source), out, o.target ? step.tokens : step.num_wanted);
 }
 
+// Of a matrix that another library reads: first. second: its function. flags: other is added.
+template <typename Number>
+void call(const Operation& o, const Step& step) {
+  const int64_t rows = o.target ? step.tokens : step.num_wanted, is_bf16 = std::is_same_v<Number, Bf16>;
+  const Call all{o.source, o.target ? o.target : step.logits, o.other, step.space, rows, o.activation, o.flags, is_bf16};
+  reinterpret_cast<Product>(const_cast<void*>(o.second))(o.first, &all, 0);
+}
+
 // sizes: heads, queries, head_dim, block. first, second: pools of keys and values.
 template <typename Number>
 void look_back(const Operation& o, const Step& step) {
@@ -105,6 +115,7 @@ void run(const Operation* operations, int64_t count, const Step& step) {
     const Operation& o = operations[index];
     switch (o.kind) {
       case kProduct: multiply<Number>(o, step); break;
+      case kCall: call<Number>(o, step); break;
       case kAttend: look_back<Number>(o, step); break;
       case kNorm: {
         const bool is_last = o.flags & kWanted;
