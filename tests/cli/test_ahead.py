@@ -9,7 +9,7 @@ from mtnlg import native
 from mtnlg.cli import ahead
 from mtnlg.generation import constraint, draws, integer_kernel, native_attention, native_step, tiled_linear
 
-ALL = ahead.DECODER | ahead.TILES | ahead.INTEGERS | ahead.CODES
+ALL = ahead.DECODER | ahead.CHOICE | ahead.TILES | ahead.INTEGERS | ahead.CODES
 USUAL = {"decoder.cpp", "tiled_product.cpp", "choose.cpp", "mask.cpp"}
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 KERNELS = Path(mtnlg.__file__).parent / "generation" / "kernels"
 # What the processor must have for each; the kernels say the same where they are used.
-DECODER: dict[str, tuple[str, ...]] = {"decoder.cpp": (), "choose.cpp": (), "mask.cpp": ()}
+DECODER = {"decoder.cpp": ()}
+CHOICE = {"mask.cpp": (), "choose.cpp": ()}
 TILES = {"tiled_product.cpp": ("avx512f",)}
 INTEGERS = {"integer_product.cpp": ("avx512_vnni",)}
 CODES = {"float_product.cpp": ("avx512f", "avx512bw", "avx512vl")}
@@ -34,7 +35,8 @@ def begin_kernels(arguments: Namespace) -> None:
         return
     from mtnlg.native import begin
 
-    wanted = dict(_codes(Path(arguments.model))) | DECODER | TILES
+    # What takes longest first, and at last what is wanted after the weights are laid out.
+    wanted = DECODER | dict(_codes(Path(arguments.model))) | TILES | CHOICE
     begin({KERNELS / file: needed for file, needed in wanted.items()})
 
 
