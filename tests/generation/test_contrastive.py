@@ -9,13 +9,34 @@ from tests.generation.test_beam import Access
 from mtnlg.config import ConfigError, MtnlgError
 from mtnlg.generation import GenerationRequest, SamplingRules
 from mtnlg.generation.contrastive import contrastive_search
+from mtnlg.generation.runner import PlainRunner
 from mtnlg.generation.search import SearchOptions
+from mtnlg.generation.search_runner import SearchRunner
 
 PROMPTS = [[5, 9, 2], [7], list(range(1, 20))]
 
 
-def search(model, prompt, max_new=8, alpha=0.6, top_k=4, **request):
+class RunsOnce(PlainRunner):
+    """Whose steps give hidden states alone."""
+
+    def run(self, rows):
+        raise AssertionError("a second pass")
+
+
+class OverRanks(PlainRunner):
+    """Whose head is elsewhere."""
+
+    def logits_of(self, hidden):
+        return None
+
+
+def fast(model, num_pages, page_size):
+    return SearchRunner(model, num_pages, page_size)
+
+
+def search(model, prompt, max_new=8, alpha=0.6, top_k=4, make_runner=RunsOnce, **request):
     access = Access(model)
+    access.runner = make_runner(model, access.books.num_pages, access.books.page_size)
     options = SearchOptions(penalty_alpha=alpha, top_k=top_k)
     try:
         return contrastive_search(
@@ -63,11 +84,12 @@ def by_definition(model, prompt, steps, alpha, top_k, rules=None):
 def test_tokens_and_scores_are_those_of_the_definition(make_model, family, alpha, top_k):
     model = make_model(family)
     for prompt in PROMPTS:
-        found = search(model, prompt, 8, alpha, top_k)
         ids, score = by_definition(model, prompt, 8, alpha, top_k)
-        assert found.new_ids == ids
-        assert found.score == pytest.approx(score, abs=1e-4)
-        assert found.finish_reason == "length"
+        for make_runner in (RunsOnce, OverRanks, fast):
+            found = search(model, prompt, 8, alpha, top_k, make_runner)
+            assert found.new_ids == ids
+            assert found.score == pytest.approx(score, abs=1e-4)
+            assert found.finish_reason == "length"
 
 
 def test_penalties_change_the_probabilities(make_model):

@@ -64,6 +64,14 @@ class Branches:
         """Go on by these tokens; the hidden states of each branch's new ones, [new, hidden]."""
         return self._runner.hidden(self._rows(branches, ids, 0))
 
+    def logits_of(self, hidden: Tensor) -> Tensor | None:
+        """The logits that these hidden states lead to; ``None`` if the runner has to run for them."""
+        found: Tensor | None = None
+        of = getattr(self._runner, "logits_of", None)
+        if of is not None:
+            found = of(hidden)
+        return found
+
     def step_back(self, branch: Branch, count: int) -> None:
         """Forget the last tokens of a branch, which are in pages of its own."""
         branch.length -= count

@@ -5,8 +5,9 @@ Of the ``k`` most likely tokens v the one is taken that maximises
     (1 - α) · p(v | x) - α · max over j of cos(h_v, h_j)
 
 where h_v is the last hidden state (after the final norm) that v would have, and h_j those of all tokens
-before it, the prompt's included. Each step runs the model over the ``k`` candidates side by side, which
-share the pages of what came before.
+before it, the prompt's included. Each step runs the model once, over the ``k`` candidates side by side,
+which share the pages of what came before; the hidden state of the one that is taken leads to the next
+logits. A model over ranks, or with an adapter, runs a second time for these, over one token.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class _Contrastive:
         self._state = SamplingState.of_request(request)
         self._branch = Branch()
         self._said: Tensor | None = None  # [tokens, hidden] directions of the hidden states
+        self._last: Tensor | None = None  # [1, hidden] the last of them as it is
         self._score = 0.0
 
     @torch.inference_mode()
@@ -80,7 +82,7 @@ class _Contrastive:
             self._branches.hidden([self._branch], [ids[start : start + PREFILL_CHUNK]])[0]
             for start in range(0, len(ids), PREFILL_CHUNK)
         ]
-        self._said = _directions(torch.cat(states))
+        self._said, self._last = _directions(torch.cat(states)), states[-1][-1:]
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -95,16 +97,14 @@ class _Contrastive:
         scores = (1.0 - alpha) * probabilities - alpha * likeness
         best = int(scores.argmax())
         self._score += float(scores[best])
-        self._said = torch.cat([self._said, directions[best : best + 1]])
+        self._said, self._last = torch.cat([self._said, directions[best : best + 1]]), hidden[best]
         self._branch = self._branches.go_on([candidates[best]], candidates)[0]
         self._take(tokens[best])
 
     def _candidates(self) -> tuple[list[int], Tensor]:
         """The most likely tokens and their probabilities [candidates], likeliest first."""
         state = self._state
-        last = [*state.prompt_ids[-1:], *state.new_ids][-1]
-        self._branches.step_back(self._branch, 1)  # it was run for its hidden state, now for its logits
-        logits = self._branches.run([self._branch], [[last]]).float().contiguous()
+        logits = self._logits().float().contiguous()
         if not bool(logits.amax().isfinite()):
             raise MtnlgError(NOT_FINITE)
         edit_scores(logits, [state])
@@ -114,6 +114,16 @@ class _Contrastive:
         best = probabilities.topk(min(self._options.top_k, len(probabilities)))
         kept = best.values > 0.0
         return best.indices[kept].tolist(), best.values[kept].cpu()
+
+    def _logits(self) -> Tensor:
+        """[1, vocab] of the token after the last."""
+        assert self._last is not None
+        logits = self._branches.logits_of(self._last)
+        if logits is None:
+            last = [*self._state.prompt_ids[-1:], *self._state.new_ids][-1]
+            self._branches.step_back(self._branch, 1)  # it was run for its hidden state, now for its logits
+            logits = self._branches.run([self._branch], [[last]])
+        return logits
 
     def _take(self, token: int) -> None:
         state = self._state

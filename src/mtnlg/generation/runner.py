@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtnlg.generation.adapters import LoadedAdapter, OneAtATime
 from mtnlg.model import MegatronLmDecoder
+from mtnlg.model.decoder import softcapped
 
 PAGE_SIZE = 16  # tokens
 
@@ -176,6 +177,16 @@ class PlainRunner:
             assert output.hidden is not None and head is not None
             found.append(head.norm(output.hidden[0]))
         return found
+
+    @torch.inference_mode()
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """The logits that hidden states lead to: [tokens, hidden] → float32 [tokens, vocab]."""
+        head = self.model.head
+        assert head is not None
+        if head.projection is not None:
+            hidden = head.projection(hidden)
+        logits: Tensor = softcapped(head.output(hidden), head.softcap)
+        return logits.float()
 
     @torch.inference_mode()
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
