@@ -202,7 +202,9 @@ void attend_heads(const Sizes& s, const Pools<Number>& pools, const typename Num
   const float scale = 1.0f / std::sqrt(float(size));
   for_each_query(s, task, [&](int64_t t, int64_t place, int64_t q) {
     const auto* query = parts + (task.group.first + t) * s.row + place * size;
-    for (int64_t d = 0; d < size; ++d) scaled[q * size + d] = Number::get(query[d]) * scale;
+    for (int64_t d = 0; d < size; d += kLanes) {
+      store_some<Float32>(scaled + q * size + d, load_some<Number>(query + d, size - d) * scale, size - d);
+    }
   });
   std::fill(sums, sums + queries * size, 0.0f);
   for_each_head(s, task, Values(pools.keys), [&](int64_t p, int64_t h, Values keys, Values next) {
@@ -220,7 +222,9 @@ void attend_heads(const Sizes& s, const Pools<Number>& pools, const typename Num
   });
   for_each_query(s, task, [&](int64_t t, int64_t place, int64_t q) {
     auto* target = found + (task.group.first + t) * s.heads * s.queries_size() + place * size;
-    for (int64_t d = 0; d < size; ++d) target[d] = Number::put(sums[q * size + d] / totals[q]);
+    for (int64_t d = 0; d < size; d += kLanes) {
+      store_some<Number>(target + d, load_some<Float32>(sums + q * size + d, size - d) / totals[q], size - d);
+    }
   });
 }
 

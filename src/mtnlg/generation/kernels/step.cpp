@@ -73,10 +73,11 @@ void turn_row(const Operation& o, const Step& step, int64_t row) {
   const Value* cosine = static_cast<const Value*>(step.cosine) + row * turned;
   const Value* sine = static_cast<const Value*>(step.sine) + row * turned;
   for (int64_t h = 0; h < heads; ++h, head += head_size) {
-    for (int64_t i = 0; i < half; ++i) {
-      const float a = Number::get(head[i]), b = Number::get(head[i + half]);
-      head[i] = Number::put(a * Number::get(cosine[i]) - b * Number::get(sine[i]));
-      head[i + half] = Number::put(b * Number::get(cosine[i + half]) + a * Number::get(sine[i + half]));
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const auto read = [&](const Value* place) { return load_some<Number>(place + i, half - i); };
+      const Floats a = read(head), b = read(head + half);
+      store_some<Number>(head + i, a * read(cosine) - b * read(sine), half - i);
+      store_some<Number>(head + half + i, b * read(cosine + half) + a * read(sine + half), half - i);
     }
   }
 }
