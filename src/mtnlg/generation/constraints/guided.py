@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from mtnlg.config.errors import ConfigError
 from mtnlg.generation.constraint import DeadEndError, empty_bitmask
+from mtnlg.generation.constraints.kept import Kept
+from mtnlg.generation.constraints.residuals import Residual
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
     from mtnlg.tokens.tokenizer import Tokenizer
 
+Ints = npt.NDArray[np.int32]
 MOST_RULE_CHARACTERS = 1_000_000
 # Space between the parts of a JSON document: none, one space, or a new line with its indentation. With
 # any amount allowed, a model that likes white space would never come to an end.
@@ -37,29 +43,43 @@ _NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the sequences under a rule share.
+
+    Args:
+        num_tokens: tokens that masks speak of.
+        tokenizer: knows their bytes.
+        masks: int32 [ceil(vocab / 32)] by what the rule still asks for, where that is known.
+    """
+
+    num_tokens: int
+    tokenizer: LLTokenizer
+    masks: Kept[Ints] = field(default_factory=Kept)
+
+
 class GuidedConstraint:
     """A rule that llguidance has compiled.
 
     Args:
         matcher: at the beginning of the rule; never moved.
-        num_tokens: tokens that its masks speak of.
+        shared: by all sequences.
+        residual: of a regular expression that is understood, at its beginning.
     """
 
-    def __init__(self, matcher: LLMatcher, num_tokens: int) -> None:
-        self._matcher = matcher
-        self._num_tokens = num_tokens
+    def __init__(self, matcher: LLMatcher, shared: Shared, residual: Residual | None = None) -> None:
+        self._matcher, self._shared, self._residual = matcher, shared, residual
 
     def start(self) -> GuidedState:
         """The state before the first generated token."""
-        return GuidedState(self._matcher.deep_copy(), self._num_tokens)
+        return GuidedState(self._matcher.deep_copy(), self._shared, self._residual)
 
 
 class GuidedState:
     """How far one sequence has come; see ``ConstraintState``."""
 
-    def __init__(self, matcher: LLMatcher, num_tokens: int) -> None:
-        self._matcher = matcher
-        self._num_tokens = num_tokens
+    def __init__(self, matcher: LLMatcher, shared: Shared, residual: Residual | None) -> None:
+        self._matcher, self._shared, self._residual = matcher, shared, residual
 
     def fill_mask(self, bitmask: Tensor) -> None:
         """Write which tokens may come next into int32 [ceil(vocab / 32)].
@@ -67,7 +87,19 @@ class GuidedState:
         Raises:
             DeadEndError: the rule has become too large to go on with.
         """
-        assert bitmask.is_contiguous() and bitmask.numel() * 32 >= self._num_tokens
+        assert bitmask.is_contiguous() and bitmask.numel() * 32 >= self._shared.num_tokens
+        if self._residual is None:
+            self._make_mask(bitmask)
+            return
+
+        def make() -> Ints:
+            self._make_mask(bitmask)
+            made: Ints = bitmask.numpy().copy()
+            return made
+
+        bitmask.numpy()[:] = self._shared.masks.get(self._residual.key, make)
+
+    def _make_mask(self, bitmask: Tensor) -> None:
         self._matcher.unsafe_compute_mask_ptr(bitmask.data_ptr(), bitmask.numel() * 4)
         self._check()
 
@@ -79,6 +111,8 @@ class GuidedState:
         """
         self._matcher.consume_token(token)
         self._check()
+        if self._residual is not None:
+            self._residual = self._residual.after(self._shared.tokenizer.decode_bytes([token]))
 
     @property
     def is_complete(self) -> bool:
@@ -87,7 +121,7 @@ class GuidedState:
 
     def copy(self) -> GuidedState:
         """The same state, independent of this one."""
-        return GuidedState(self._matcher.deep_copy(), self._num_tokens)
+        return GuidedState(self._matcher.deep_copy(), self._shared, self._residual)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -96,28 +130,40 @@ class GuidedState:
 
 
 def compile_grammar(
-    tokenizer: Tokenizer, vocab_size: int, end_ids: tuple[int, ...], grammar: str, kind: str
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    end_ids: tuple[int, ...],
+    grammar: str,
+    kind: str,
+    expression: str | None = None,
 ) -> GuidedConstraint:
-    """A constraint from a grammar in llguidance's own form.
+    """A constraint from a grammar in llguidance's own form, and the regular expression that it is if any.
 
     Raises:
         ConfigError: the grammar cannot be used; the message says what is wrong with it.
     """
     if not end_ids:
         raise ConfigError("a rule needs a token to end with, and the tokenizer names none: give end_ids.")
-    return _compile(tokenizer.definition, vocab_size, end_ids, grammar, kind)
+    return _compile(tokenizer.definition, vocab_size, end_ids, grammar, kind, expression)
 
 
 @lru_cache(maxsize=64)
 def _compile(
-    definition: str, vocab_size: int, end_ids: tuple[int, ...], grammar: str, kind: str
+    definition: str,
+    vocab_size: int,
+    end_ids: tuple[int, ...],
+    grammar: str,
+    kind: str,
+    expression: str | None,
 ) -> GuidedConstraint:
     from llguidance import LLMatcher
 
-    matcher = LLMatcher(_guided_tokenizer(definition, vocab_size, end_ids), grammar, log_level=0)
+    guided_tokenizer = _guided_tokenizer(definition, vocab_size, end_ids)
+    matcher = LLMatcher(guided_tokenizer, grammar, log_level=0)
     if matcher.is_error():
         raise _error(kind, matcher.get_error())
-    constraint = GuidedConstraint(matcher, vocab_size)
+    residual = None if expression is None else Residual.of(expression, _most_characters(definition))
+    constraint = GuidedConstraint(matcher, Shared(vocab_size, guided_tokenizer), residual)
     _check_beginning(constraint, vocab_size, kind)
     return constraint
 
@@ -131,6 +177,14 @@ def _check_beginning(constraint: GuidedConstraint, vocab_size: int, kind: str) -
         raise _error(kind, str(error)) from error
     if not mask.any():
         raise _error(kind, "no text keeps it")
+
+
+@lru_cache(maxsize=4)
+def _most_characters(definition: str) -> int:
+    """No token has more."""
+    vocabulary = json.loads(definition)["model"]["vocab"]
+    names = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
+    return max(len(name) for name in names)  # bytes are written as at least a character
 
 
 @lru_cache(maxsize=4)

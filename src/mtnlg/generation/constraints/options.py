@@ -53,7 +53,8 @@ def constraint_from_options(
         "grammar": guided.context_free_grammar,
         "choice": guided.choice_grammar,
     }
-    return guided.compile_grammar(tokenizer, vocab_size, ends, grammars[kind](value), kind)
+    grammar, expression = grammars[kind](value), value if kind == "regex" else None
+    return guided.compile_grammar(tokenizer, vocab_size, ends, grammar, kind, expression)
 
 
 def default_end_ids(tokenizer: Tokenizer) -> Sequence[int]:

@@ -7,42 +7,18 @@ mask is put together of parts (``walk.py``), made once for each place of a form,
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from collections.abc import Hashable
 
 import numpy as np
 import numpy.typing as npt
 
 from mtnlg.config.errors import MtnlgError
+from mtnlg.generation.constraints.kept import Kept
 from mtnlg.generation.constraints.verse.rules import Path, Place, VerseRules
 from mtnlg.generation.constraints.verse.tokens import Ints, TokenTable, VerseTokens, beginnings
 from mtnlg.generation.constraints.verse.walk import Part, Walk
 
-MOST_KEPT = 1024  # of each sort; 6 KiB each for 50,257 tokens
 Bools = npt.NDArray[np.bool_]
-Value = TypeVar("Value")
-
-
-class Kept(Generic[Value]):
-    """What was made lately.
-
-    Args:
-        most: so many are kept; then those made first are forgotten.
-    """
-
-    def __init__(self, most: int = MOST_KEPT) -> None:
-        self._most = most
-        self._values: OrderedDict[Hashable, Value] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of this key, made if it is not there."""
-        found = self._values.get(key)
-        if found is None:
-            found = self._values[key] = make()
-            if len(self._values) > self._most:
-                self._values.popitem(last=False)
-        return found
 
 
 class VerseMasks:
