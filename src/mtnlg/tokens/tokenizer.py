@@ -122,7 +122,7 @@ class Tokenizer:
             settings = read_settings(file.parent)
             if templates := read_templates(file.parent, settings):
                 settings[TEMPLATE_SETTING] = templates
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{file.parent}: the tokenizer's files are damaged: {error}") from error
         return cls(definition, settings, where=str(file))
 
