@@ -16,7 +16,7 @@ from mtnlg.config.errors import MtnlgError
 from mtnlg.generation.constraints.kept import Kept
 from mtnlg.generation.constraints.verse.rules import Path, Place, VerseRules
 from mtnlg.generation.constraints.verse.tokens import Ints, TokenTable, VerseTokens, beginnings
-from mtnlg.generation.constraints.verse.walk import Part, Walk
+from mtnlg.generation.constraints.verse.walk import Part, Walk, packed, set_bits
 
 Bools = npt.NDArray[np.bool_]
 
@@ -138,15 +138,3 @@ class VerseMasks:
         if found is None or not tail:
             return found is not None
         return bool(self.begun(found.slot, found.paths[0])[table.tail_numbers[tail]])
-
-
-def packed(tokens: Ints, num_words: int) -> Ints:
-    """int32 [num_words]: bits of these tokens."""
-    bits = np.zeros(num_words * 32, bool)
-    bits[tokens] = True
-    return np.packbits(bits, bitorder="little").view(np.int32)
-
-
-def set_bits(words: Ints, tokens: Ints) -> None:
-    """Set the bits of a few tokens."""
-    np.bitwise_or.at(words.view(np.uint32), tokens >> 5, np.uint32(1) << (tokens & 31).astype(np.uint32))

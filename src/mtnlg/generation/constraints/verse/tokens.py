@@ -98,6 +98,8 @@ class VerseTokens:
         self._finishing = [(i, piece) for i, piece in self.pieces.items() if piece.lead]
         self.most_letters = self._tables[b""].letters.shape[1] + 1
         self.spellable = self._spellable()
+        for tail in {piece.tail for piece in self.pieces.values()}:
+            self.table(tail)  # some fifty microseconds each, which no step has to wait for
 
     def table(self, pending: bytes) -> TokenTable:
         """The tokens that may follow these bytes of an unfinished letter."""

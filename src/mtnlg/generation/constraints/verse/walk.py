@@ -15,6 +15,7 @@ Bools = npt.NDArray[np.bool_]
 Bits = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.intp]
 NO_LETTER = -1
+FEW = 500  # tokens whose bits are set one by one
 
 
 @dataclass(frozen=True)
@@ -132,13 +133,11 @@ class Walk:
         letters = np.concatenate([*self._own, np.zeros(0, np.int32)])
         order = letters.argsort(kind="stable")
         rows = np.concatenate([*self._rhyming, np.zeros(0, np.intp)])[order]
-        free = np.zeros(num_words * 32, bool)
-        for some in self._free:
-            free[self.table.tokens[some]] = True
+        free = np.concatenate([*self._free, np.zeros(0, np.intp)])
         return Part(
             number,
             self.table,
-            np.packbits(free, bitorder="little").view(np.int32),
+            packed(self.table.tokens[free], num_words),
             self.table.tokens[rows],
             letters[order],
             int(np.bitwise_or.reduce(self.rules.rhymes[letters], initial=np.uint32(0))),
@@ -251,3 +250,19 @@ def _with_own(taken: _Rows, letters: Ints) -> _Rows:
         return replace(taken, own=letters, again=np.zeros(len(letters), bool))
     had_one = taken.own != NO_LETTER
     return replace(taken, own=np.where(had_one, taken.own, letters), again=taken.again | had_one)
+
+
+def packed(tokens: Ints, num_words: int) -> Ints:
+    """int32 [num_words]: bits of these tokens."""
+    if len(tokens) < FEW:
+        words = np.zeros(num_words, np.int32)
+        set_bits(words, tokens)
+        return words
+    bits = np.zeros(num_words * 32, bool)
+    bits[tokens] = True
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+def set_bits(words: Ints, tokens: Ints) -> None:
+    """Set the bits of a few tokens."""
+    np.bitwise_or.at(words.view(np.uint32), tokens >> 5, np.uint32(1) << (tokens & 31).astype(np.uint32))
