@@ -137,6 +137,18 @@ def test_a_stop_string_ends_and_is_not_said(client, tokenizer):
     assert kept.choices[0].text == " sat s"
 
 
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_a_stop_string_ends_a_stream_before_any_of_it_is_said(client, tokenizer, num_prompts):
+    word = tokenizer.encode(" sat")[0]
+    options = {"logit_bias": {str(word): 100}, "max_tokens": 9, "stop": ["zz", "t sat sa"], "logprobs": 0}
+    chunks = list(complete(client, prompt=["the cat"] * num_prompts, stream=True, **options))
+    for index in range(num_prompts):
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(choice.text for choice in mine) == " sa"
+        assert [choice.finish_reason for choice in mine if choice.finish_reason] == ["stop"]
+        assert mine[-1].finish_reason == "stop"
+
+
 def test_end_tokens_end(client, tokenizer):
     end = tokenizer.end_of_text_id
     answer = complete(client, logit_bias={str(end): 100}, max_tokens=9).choices[0]

@@ -2,7 +2,10 @@
 
 import json
 
+import openai
 import pytest
+
+from mtnlg.config.generation import EngineConfig
 
 NAME = "tiny"
 BODY = {"model": NAME, "prompt": "a", "max_tokens": 3}
@@ -30,6 +33,35 @@ def test_an_engine_that_breaks_is_told_and_seen(start, stream):
             assert running.get("/ready").status_code == 503
             later = running.post("/v1/completions", BODY)
             assert (later.status_code, later.json()["error"]["code"]) == (503, "engine_stopped")
+
+
+def test_the_client_raises_what_breaks_off_a_stream(start):
+    with start() as running:
+        run, steps = running.engine.runner.run, []
+
+        def fail(rows):
+            steps.append(rows)
+            if len(steps) > 3:
+                raise RuntimeError("secret of the engine")
+            return run(rows)
+
+        running.engine.runner.run = fail
+        stream = running.openai().completions.create(**{**BODY, "max_tokens": 50}, stream=True)
+        with pytest.raises(openai.APIError, match="had an error") as caught:
+            for _chunk in stream:
+                continue
+        assert "secret" not in str(caught.value)
+
+
+def test_fewer_pages_than_are_wanted_at_once(start, running):
+    """Sequences give pages up and are computed again: each answer is the same as with room for all."""
+    body = {**BODY, "prompt": ["the cat", "a"], "n": 3, "max_tokens": 120, "ignore_eos": True}
+    body |= {"temperature": 1, "seed": 5}
+    expected = running.post("/v1/completions", body).json()["choices"]
+    config = EngineConfig(max_batch_size=8, max_queue_size=64, compile="off", cache_gib=1.5e-4)
+    with start(config) as small:
+        assert small.post("/v1/completions", body).json()["choices"] == expected
+        assert small.engine.statistics.preempted > 0
 
 
 PREFLIGHT = {"origin": "https://a.example", "access-control-request-method": "POST"}

@@ -211,6 +211,21 @@ def test_what_takes_too_long_to_finish_is_told_so(start):
         assert not running.thread.is_alive()
 
 
+def test_a_second_signal_does_not_wait(start):
+    with start(drain_timeout_seconds=600) as running:
+        running.runner.hold()
+        body = {**BODY, "max_tokens": 300, "stream": True}
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=60) as stream:
+            for _ in range(2):
+                running.server._on_signal()
+            eventually(lambda: not running.engine.is_alive)
+            running.runner.allow()
+            frames = stream.read().decode().strip().split("\n\n")
+        assert json.loads(frames[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+        running.thread.join(PATIENCE_SECONDS)
+        assert not running.thread.is_alive()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(
     ("number", "is_ignored"), [("SIGTERM", False), ("SIGHUP", False), ("SIGHUP", True)]
