@@ -12,6 +12,7 @@ from mtnlg.generation import Engine, SamplingRules
 from mtnlg.generation.dialogue import Dialogue, DialogueOptions
 from mtnlg.generation.dialogue_format import choose_format
 from mtnlg.generation.dialogue_ids import DialogueIds, ids_of
+from mtnlg.generation.dialogue_window import DialogueWindow, stable_start
 from mtnlg.model import MegatronLmDecoder, initialize_weights
 from mtnlg.tokens import Tokenizer
 from mtnlg.tokens.chat_template import DEFAULT_CHAT_TEMPLATE
@@ -329,3 +330,61 @@ def test_only_what_is_known_is_taken_over():
     assert ids_of(ids.encode(form.pieces(shorter)))[: len(prompt) + 3] == [*prompt, *letters[:3]]
     other = [{"role": "user", "content": "hell"}]
     assert ids_of(ids.encode(form.pieces(other))) == form.encode(form.pieces(other))
+
+
+def test_an_answer_goes_on_from_the_tokens_it_ended_with():
+    for style in ("default", "persona"):
+        dialogue, engine = start(style, rules=SamplingRules(0.0))
+        first = dialogue.ask("hello").result()
+        known = [*first.prompt_ids, *first.new_ids]
+        text = dialogue.messages[-1]["content"]
+        whole = dialogue.go_on().result()
+        asked = engine.requests[-1].prompt_ids
+        certain = [*first.prompt_ids, *certain_ids(first, style)]
+        assert common(asked, known) >= len(certain) - 4  # but for spaces and half characters at the end
+        assert whole.text.startswith(text)
+        assert dialogue.messages == [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": whole.text},
+        ]
+
+
+def test_other_words_take_the_place_of_the_last_question():
+    dialogue, _ = start()
+    dialogue.ask("one").result()
+    dialogue.ask("two").result()
+    dialogue.reword("three").result()
+    assert [m["content"] for m in dialogue.messages[::2]] == ["one", "three"]
+    assert dialogue.question == "three"
+
+
+@pytest.mark.parametrize("style", ["default", "persona"])
+def test_a_window_without_memory_begins_where_one_with_memory_would(style):
+    mine = tokenizer(TEMPLATES[style])
+    form = choose_format(mine)
+    remembers = DialogueWindow(form, DialogueIds(mine, form), 256)
+    messages, starts = [{"role": "system", "content": "be kind"}], []
+    for number in range(30):
+        messages.append({"role": "user", "content": f"question {number} " + "你好" * (number % 5)})
+        form = form.fixed(messages) if style == "persona" else form
+        forgets = DialogueWindow(form, DialogueIds(mine, form), 256)
+        forgets.replay(messages, 20)
+        prompt = forgets.prompt(messages, 20, "drop", lambda ids, count: "")
+        starts.append(forgets._start)
+        assert len(prompt.ids) <= 256 - 20
+        assert bool(prompt.notices) is (forgets._start > len(form.examples(messages)) // 2)
+        expected = remembers.prompt(messages, 20, "drop", lambda ids, count: "")
+        assert abs(len(expected.ids) - len(prompt.ids)) < 120
+        messages.append({"role": "assistant", "content": "well " * 3})
+    assert starts == sorted(starts)
+    assert (
+        starts[-1] > 20 and len(set(starts)) <= starts[-1] / 2
+    )  # some at a time, so that most prompts go on
+
+
+def test_what_was_dropped_depends_on_earlier_turns_alone():
+    asked, whole = [5, 7, 9, 30, 2, 8, 8, 40, 3], [9, 20, 9, 45, 6, 9, 30, 44, 5]
+    starts = [stable_start(asked[:n], whole[:n], 60) for n in range(1, 10)]
+    assert starts == [0, 0, 0, 2, 2, 4, 4, 7, 7]
+    for n, start_ in enumerate(starts):
+        assert sum(whole[start_:n]) + asked[n] <= 60

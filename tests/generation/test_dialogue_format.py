@@ -236,3 +236,32 @@ def test_every_problem_is_named_at_once():
     with pytest.raises(ConfigError) as caught:
         checked_messages([{"role": "x", "content": 1}, {}])
     assert len(caught.value.problems) == 4
+
+
+# -- system prompts
+
+REFUSES = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+)
+FORGETS = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [REFUSES, FORGETS])
+def test_a_system_prompt_without_a_place_goes_before_the_first_question(template):
+    mine = tokenizer(template)
+    form = choose_format(mine)
+    assert "before the first question" in form.explanation
+    system, answer = {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "hi"}
+    folded = [{"role": "user", "content": "Be kind.\n\nhello"}, answer, *HELLO]
+    assert form.pieces([system, *HELLO, answer, *HELLO]) == form.pieces(folded)
+    assert messages_to_ids(mine, [system, *HELLO]) == messages_to_ids(mine, folded[:1])
+    assert form.pieces(HELLO) == mine.chat_pieces().render(HELLO, add_generation_prompt=True)
+    if template == REFUSES:
+        with pytest.raises(ConfigError, match="System role not supported"):
+            mine.apply_chat_template([system, *HELLO])  # as transformers does
+
+
+@pytest.mark.parametrize("template", [styles.CHATML, styles.LLAMA, styles.MISTRAL, DEFAULT_CHAT_TEMPLATE])
+def test_a_system_prompt_with_a_place_stays_there(template):
+    assert "first question" not in choose_format(tokenizer(template)).explanation

@@ -136,3 +136,14 @@ def test_what_cannot_go_on_is_refused(running, fields, param):
     asked = {"model": "tiny", "messages": [LAST], "max_tokens": 2, **fields}
     answer = running.post("/v1/chat/completions", asked)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_prompts_go_on_in_the_cache_after_turns_were_dropped(running):
+    messages, shares = [SYSTEM, *TURNS], []
+    for number in range(6):
+        messages.append({"role": "user", "content": f"and question {number}?"})
+        asked = {"model": "tiny", "messages": messages, "max_tokens": 4, "context_policy": "drop"}
+        usage = running.post("/v1/chat/completions", asked).json()["usage"]
+        shares.append(usage["prompt_tokens_details"]["cached_tokens"] / usage["prompt_tokens"])
+        messages.append({"role": "assistant", "content": "well then"})
+    assert sorted(shares)[-4] > 0.7, shares

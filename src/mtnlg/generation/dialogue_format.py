@@ -50,6 +50,9 @@ class DialogueFormat(Protocol):
 class TemplateFormat:
     """The tokenizer's chat template, or another.
 
+    Where the template has no place for a system prompt (it refuses or forgets one), the text goes before
+    the first question.
+
     Args:
         tokenizer: of the model.
         template: jinja2 source or a template's name; ``None`` takes the tokenizer's.
@@ -64,6 +67,9 @@ class TemplateFormat:
         self._is_read = tokenizer.ends_texts
         whose = "the model's own chat template" if template is None else "the chat template given"
         self.explanation = f"Answers are asked for with {whose}."
+        self._takes_system = self._is_read or self._shows_system()
+        if not self._takes_system:
+            self.explanation += " It has no place for a system prompt: that goes before the first question."
         self.end_ids, self.stop = self._ends(tokenizer)
         self.can_use_tools = not self._is_read
 
@@ -84,8 +90,9 @@ class TemplateFormat:
                 "an encoder-decoder begins every answer anew: the last message cannot be continued."
             )
         writer = self._for_tools if tools else self._plain
+        shown = messages if self._takes_system else _with_system_in_question(messages)
         return writer.render(
-            messages, tools or None, not is_open, continue_final_message=is_open, **variables
+            shown, tools or None, not is_open, continue_final_message=is_open, **variables
         )
 
     def encode(self, pieces: Sequence[Piece], is_rest: bool = False) -> list[int]:
@@ -95,6 +102,22 @@ class TemplateFormat:
     def content_of(self, text: str) -> str:
         """As it is."""
         return text
+
+    def _shows_system(self) -> bool:
+        """Whether a system prompt reaches the model, or nothing can be known of it."""
+        question = {"role": "user", "content": "a"}
+        try:
+            pieces = self._plain.render([{"role": "system", "content": _PROBE}, question])
+        except ConfigError as error:
+            return "refuses" not in str(error) or not self._takes([question])
+        return any(_PROBE in piece.text for piece in pieces)
+
+    def _takes(self, messages: Messages) -> bool:
+        try:
+            self._plain.render(messages)
+        except ConfigError:
+            return False
+        return True
 
     def _ends(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """What the template writes after an answer: a special token, or only text."""
@@ -308,6 +331,17 @@ def end_of_text_ids(tokenizer: Tokenizer) -> list[int]:
         return [tokenizer.end_of_text_id]
     except DataError:
         return []
+
+
+def _with_system_in_question(messages: Messages) -> list[Mapping[str, Any]]:
+    """The system prompt as the beginning of the first question."""
+    system = [str(message["content"]) for message in messages if message["role"] == "system"]
+    rest = [message for message in messages if message["role"] != "system"]
+    first = next((n for n, message in enumerate(rest) if message["role"] == "user"), None)
+    if not system or first is None:
+        return list(messages)
+    rest[first] = {**rest[first], "content": "\n\n".join([*system, str(rest[first]["content"])])}
+    return rest
 
 
 def with_examples(messages: Messages, examples: Messages) -> list[Mapping[str, Any]]:

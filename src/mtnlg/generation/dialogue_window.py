@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from mtnlg.config.errors import ConfigError
 from mtnlg.generation.dialogue_format import DialogueFormat, Tools
 from mtnlg.generation.dialogue_ids import DialogueIds, Segment, ids_of
 from mtnlg.generation.personas import is_chinese
+from mtnlg.tokens.chat_pieces import Piece
 
 POLICIES = ("drop", "refuse", "summarise")
 # Turns are dropped until a quarter of the room is free: dropping one at a time would change the beginning
@@ -57,7 +58,43 @@ class DialogueWindow:
         self.ids = ids
         self._form, self._max_length = form, max_length
         self._start = 0  # the first turn that is shown
+        self._told = 0  # so many lost turns were spoken of
         self._summary = ""
+
+    def replay(self, messages: list[dict[str, Any]], max_new_tokens: int) -> None:
+        """Begin where a window would that had made every earlier prompt of this conversation, too.
+
+        For who remembers nothing between requests: prompts begin with the same turns for as long as those
+        fit, so that the engine finds them in its prefix cache.
+
+        Args:
+            messages: as for :meth:`prompt`.
+            max_new_tokens: likewise.
+        """
+        head = messages[:1] if messages[0]["role"] == "system" else []
+        turns = [*turns_of(self._form.examples(messages)), *turns_of(messages[len(head) :])]
+
+        def length(shown: list[Message]) -> int:
+            return len(self._form.encode(self._form.pieces([*head, *shown])))
+
+        def bare(shown: Sequence[Message]) -> int:
+            texts = [Piece(str(message["content"])) for message in shown]
+            return sum(len(self._form.encode([text], is_rest=True)) for text in texts)
+
+        room = self._room(max_new_tokens)
+        try:
+            if length([message for turn in turns for message in turn]) <= room:
+                return
+            first = length(turns[0])
+            more = max(0, length(turns[0] * 2) - first - bare(turns[0]))  # what is written around a turn
+        except ConfigError:
+            return  # the template wants other turns than these: no better beginning is known
+        around = first - bare(turns[0]) - more
+        asked, whole = ([bare(turn[:most]) + more for turn in turns] for most in (1, None))
+        self._start = stable_start(asked, whole, room - around)
+
+    def _room(self, max_new_tokens: int) -> int:
+        return self._max_length - min(max_new_tokens, self._max_length // 4)
 
     def prompt(
         self,
@@ -87,7 +124,7 @@ class DialogueWindow:
         head = messages[:1] if messages[0]["role"] == "system" else []
         examples = turns_of(self._form.examples(messages))
         turns = [*examples, *turns_of(messages[len(head) :])]
-        room = self._max_length - min(max_new_tokens, self._max_length // 4)
+        room = self._room(max_new_tokens)
         before = self._start = min(self._start, len(turns) - 1)
         written: list[Segment] = []
 
@@ -117,8 +154,7 @@ class DialogueWindow:
                 f"the last message makes a prompt of {length} tokens, and the model has {self._max_length} "
                 "positions: shorten it (or the system prompt), nothing could follow it."
             )
-        num_lost = self._start - max(before, len(examples))
-        return Prompt(written, self._notices(num_lost, policy))
+        return Prompt(written, self._notices(len(examples), policy))
 
     def _head(self, head: list[dict[str, Any]]) -> list[Message]:
         if not self._summary:
@@ -153,7 +189,9 @@ class DialogueWindow:
         asked = {"role": "user", "content": request}
         return self._form.encode(self._form.pieces([*self._head(head), *shown, asked]))
 
-    def _notices(self, num_lost: int, policy: str) -> list[str]:
+    def _notices(self, num_examples: int, policy: str) -> list[str]:
+        num_lost = self._start - max(self._told, num_examples)
+        self._told = self._start
         if num_lost <= 0:
             return []
         turns = "the oldest turn" if num_lost == 1 else f"the oldest {num_lost} turns"
@@ -162,6 +200,26 @@ class DialogueWindow:
             f"{turns} of the conversation {'is' if num_lost == 1 else 'are'} {what}: the model has "
             f"{self._max_length} positions."
         ]
+
+
+def stable_start(asked: Sequence[int], whole: Sequence[int], room: int) -> int:
+    """The first turn to show, if turns were dropped as they came until a quarter of the room was free.
+
+    What was dropped before the latest turn depends on the turns before it alone, and stays so.
+
+    Args:
+        asked: tokens of each turn's question ``[turns]``.
+        whole: tokens of each turn with its answer ``[turns]``.
+        room: tokens that may be shown.
+    """
+    start = total = 0
+    for number, question in enumerate(asked):
+        if total + question > room:
+            while start < number and total + question > room - room // _FREE_AFTER_DROPPING:
+                total -= whole[start]
+                start += 1
+        total += whole[number]
+    return start
 
 
 def _first(before: int, last: int, fits: Callable[[int], bool]) -> int:

@@ -10,7 +10,7 @@ from mtnlg.config.errors import ConfigError, DataError
 from mtnlg.generation.adapters import LoadedAdapter
 from mtnlg.generation.dialogue_format import DialoguePrompt, PersonaFormat, dialogue_prompt
 from mtnlg.generation.dialogue_ids import DialogueIds
-from mtnlg.generation.dialogue_window import DialogueWindow, turns_of
+from mtnlg.generation.dialogue_window import DialogueWindow, stable_start, turns_of
 from mtnlg.generation.messages import call_arguments, checked_messages
 from mtnlg.generation.request import GenerationRequest
 from mtnlg.serving.chat_schemas import ChatRequest, Message, Tool, ToolCall
@@ -136,6 +136,8 @@ async def prompt_in_window(
             form = form.fixed(messages)
         window = DialogueWindow(form, DialogueIds(backend.tokenizer, form), limit)
         wanted = conversation.wanted or limit // 4
+        if policy == "drop":
+            window.replay(messages, wanted)
         is_open = conversation.is_open
         found = window.prompt(messages, wanted, policy, summarise, described, variables, is_open)
         return DialoguePrompt(found.ids, form.end_ids, form.stop, form), found.notices
@@ -157,12 +159,9 @@ def _shortened(
     head = messages[:1] if messages[0]["role"] == "system" else []
     turns = turns_of(messages[len(head) :])
     sizes = [_least_tokens(state, turn) for turn in turns]
-    start, total = 0, sum(sizes)
-    while total > most and start < len(turns) - 1:
-        total -= sizes[start]
-        start += 1
-    if total > most:
-        raise _too_long(limit, total)
+    start = stable_start([_least_tokens(state, turn[:1]) for turn in turns], sizes, most)
+    if sum(sizes[start:]) > most:
+        raise _too_long(limit, sum(sizes[start:]))
     return [*head, *(dict(message) for turn in turns[start:] for message in turn)]
 
 
