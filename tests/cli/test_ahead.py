@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mtnlg import native
 from mtnlg.cli import ahead
@@ -85,3 +86,16 @@ def test_where_nothing_is_begun(begun, folder, tmp_path, monkeypatch):
     assert begun == []
     ahead.begin_kernels(arguments(folder, device="cpu"))
     assert set(begun) == USUAL
+
+
+def test_torch_leaves_the_cores_to_compilers_that_work(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found = []
+    for is_busy in (True, False):
+        monkeypatch.setattr(native, "is_busy", lambda is_busy=is_busy: is_busy)
+        with ahead.loading():
+            found.append(torch.get_num_threads())
+        found.append(torch.get_num_threads())
+    torch.set_num_threads(before)
+    assert found == [1, 2, 2, 2]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg.native import NoCompilerError, begin, cache, library
+from mtnlg.native import NoCompilerError, begin, cache, is_busy, library
 from mtnlg.native.compiler import processor
 
 DAY = 86400
@@ -98,8 +98,10 @@ def test_what_was_begun_is_waited_for_and_not_begun_twice(source, folder, compil
     begin({source: []})
     wait_for(lambda: num_calls(compiler) == 1)
     assert not [name for name in names(folder) if cache.PART not in name]
+    assert is_busy()
     threading.Timer(0.1, slow.unlink).start()
     assert answer_of(library(source)) == 42
+    wait_for(lambda: not is_busy())
     assert num_calls(compiler) == 1 and len(names(folder)) == 1
     begin({source: []})
     assert num_calls(compiler) == 1

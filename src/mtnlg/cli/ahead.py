@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,25 @@ def begin_kernels(arguments: Namespace) -> None:
     # What takes longest first, and at last what is wanted after the weights are laid out.
     wanted = DECODER | dict(_codes(Path(arguments.model))) | TILES | CHOICE
     begin({KERNELS / file: needed for file, needed in wanted.items()})
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """While a model is loaded beside the compilers: torch's threads, which wait awake for their next bit of
+    work, leave them the cores."""
+    from mtnlg.native import is_busy
+
+    if not is_busy():
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _is_large(model: Path) -> bool:

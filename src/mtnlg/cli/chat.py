@@ -67,7 +67,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Talk until the person leaves, or answer what the pipe holds."""
-    from mtnlg.cli.ahead import begin_kernels
+    from mtnlg.cli.ahead import begin_kernels, loading
 
     begin_kernels(arguments)  # before anything imports torch
     from mtnlg.cli.chat_input import read_utf8
@@ -84,7 +84,8 @@ def run(arguments: Namespace) -> int:
     earlier = _earlier(arguments.load)
     if is_terminal:
         print(f"Opening {arguments.model} ...", file=sys.stderr, flush=True)
-    model, tokenizer = open_model(arguments.model, arguments.device, arguments)
+    with loading():
+        model, tokenizer = open_model(arguments.model, arguments.device, arguments)
     with Engine(model, tokenizer.decode, config).start() as engine:
         dialogue = _dialogue(arguments, engine, tokenizer, options, earlier)
         if not is_terminal:

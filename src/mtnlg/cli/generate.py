@@ -88,7 +88,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> int:
     """Write the prompt's continuations, the first one piece by piece as it comes."""
-    from mtnlg.cli.ahead import begin_kernels
+    from mtnlg.cli.ahead import begin_kernels, loading
     from mtnlg.cli.engine_options import engine_config
     from mtnlg.cli.models import open_model
     from mtnlg.config import ConfigError
@@ -101,7 +101,8 @@ def run(arguments: Namespace) -> int:
     config, options = engine_config(arguments), _options(arguments)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     prompt = prompt.removesuffix("\n") if arguments.prompt == "-" else prompt
-    model, tokenizer = open_model(arguments.model, arguments.device, arguments)
+    with loading():
+        model, tokenizer = open_model(arguments.model, arguments.device, arguments)
     written = "" if model.config.has_encoder else prompt  # an answer does not go on with what was read
     model.engine_config = config
     printer = None

@@ -139,6 +139,7 @@ def server_config(arguments: Namespace) -> ServerConfig:
 
 def _opener(arguments: Namespace, config: ServerConfig) -> Callable[[], Backend]:
     """What loads the model; a model over ranks is loaded at once, for only the first rank serves."""
+    from mtnlg.cli.ahead import loading
     from mtnlg.cli.engine_options import engine_config
     from mtnlg.cli.models import open_model
     from mtnlg.cli.ranks import wants_ranks
@@ -154,9 +155,10 @@ def _opener(arguments: Namespace, config: ServerConfig) -> Callable[[], Backend]
         from mtnlg.generation.dialogue_format import choose_format
         from mtnlg.serving.backend import Backend
 
-        opened, tokenizer = loaded or open_model(arguments.model, arguments.device, arguments)
-        form = choose_format(tokenizer, arguments.persona, template)
-        backend = Backend.of_model(opened, tokenizer, name, form, engine)
+        with loading():
+            opened, tokenizer = loaded or open_model(arguments.model, arguments.device, arguments)
+            form = choose_format(tokenizer, arguments.persona, template)
+            backend = Backend.of_model(opened, tokenizer, name, form, engine)
         for adapter, folder in adapters.items():
             if adapter == name:
                 raise ConfigError(f"--adapter {adapter}: the model is called so itself.")

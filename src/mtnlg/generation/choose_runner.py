@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import torch
 
@@ -17,6 +18,7 @@ from mtnlg.generation.runner import PAGE_SIZE, PlainRunner, Runner
 from mtnlg.generation.search_runner import SearchRunner
 from mtnlg.model import LanguageModel, MegatronEncoderDecoder, MegatronLmDecoder
 from mtnlg.model.adapters import adapter_set_aside
+from mtnlg.native import is_busy
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 PREPARED_DTYPES = (torch.float32, torch.bfloat16)
@@ -40,7 +42,10 @@ def make_runner(model: LanguageModel, config: EngineConfig) -> Runner:
     mode = "off" if config.compile == "auto" and not is_large else config.compile
     runner = _fitting(model, config, mode)
     if mode != "off" and next(model.parameters()).device.type != "cuda":
-        load_kernels()  # at last: on a machine that never did so, they may still be compiling
+        if is_busy():  # compiling, on a machine that never did so: numpy chooses the same tokens meanwhile
+            threading.Thread(target=load_kernels, name="mtnlg-kernels", daemon=True).start()
+        else:
+            load_kernels()
     return runner
 
 

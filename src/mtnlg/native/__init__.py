@@ -1,5 +1,5 @@
 """C++ sources of ours as libraries: compiled once for a machine, in the background, and kept in a cache."""
 
-from mtnlg.native.compiler import NoCompilerError, begin, library
+from mtnlg.native.compiler import NoCompilerError, begin, is_busy, library
 
-__all__ = ["NoCompilerError", "begin", "library"]
+__all__ = ["NoCompilerError", "begin", "is_busy", "library"]

@@ -146,6 +146,11 @@ def begin(sources: Mapping[Path, Sequence[str]]) -> None:
             _running.update({target.name: work for _, target, _ in mine})
 
 
+def is_busy() -> bool:
+    """Whether compilers that :func:`begin` began are at work."""
+    return not all(work.is_over for work in list(_running.values()))
+
+
 def library(source: Path, needed: Sequence[str] = ()) -> Path:
     """The compiled file, from the cache or new, which takes some seconds.
 
