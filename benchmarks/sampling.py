@@ -5,15 +5,17 @@
 
 The logits are those of a trained model in shape (peaked: a few likely tokens and a long tail) or those of
 random weights (flat: thousands of tokens about equally likely, the worst case of top-p). Sequences hold
-512 tokens, which the penalties look at. Beside it, where it has the rules, what transformers' processors
-take for the same logits. Times are medians; the contenders alternate.
+512 tokens (``--length``), which the penalties look at. Beside it, where it has the rules, what
+transformers' processors take for the same logits. Times are medians; the contenders alternate.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -24,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtnlg.generation.draws import load_kernels
 from mtnlg.generation.sampler import SamplingState, sample
 from mtnlg.generation.sampling import SamplingRules, stream_of
 
-LENGTH = 512  # tokens of each sequence
 RULES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature": {"temperature": 0.8},
@@ -46,13 +48,16 @@ RULES: dict[str, dict[str, Any]] = {
         "presence_penalty": 0.2,
         "no_repeat_ngram_size": 3,
     },
-    "top-p 0.95, 5 logprobs": {"temperature": 0.8, "top_p": 0.95, "logprobs": 5},
+    "greedy, bias of 300 tokens": {"logit_bias": tuple((7 * place, 1.0) for place in range(300))},
+    "greedy, 20 logprobs": {"logprobs": 20},
+    "top-p 0.95, 20 logprobs": {"temperature": 0.8, "top_p": 0.95, "logprobs": 20},
 }
 
 
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    load_kernels()
     text = report(arguments)
     if arguments.output:
         Path(arguments.output).write_text(text)
@@ -63,6 +68,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--length", type=int, default=512, help="tokens of each sequence")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", help="also write the tables to this file")
@@ -79,17 +85,17 @@ def make_logits(kind: str, rows: int, vocab: int) -> Tensor:
     return noise - 1.3 * ranks.log()
 
 
-def make_states(options: dict[str, Any], rows: int, vocab: int) -> list[SamplingState]:
+def make_states(options: dict[str, Any], rows: int, vocab: int, length: int) -> list[SamplingState]:
     options = dict(options)
     logprobs = options.pop("logprobs", None)
     rules = SamplingRules(**options, seed=1)
-    prompts = torch.randint(vocab, (rows, LENGTH), generator=torch.Generator().manual_seed(2)).tolist()
+    prompts = torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(2)).tolist()
     states = [
-        SamplingState(rules, prompt[: LENGTH // 2], stream_of(1, row), num_logprobs=logprobs)
+        SamplingState(rules, prompt[: length // 2], stream_of(1, row), num_logprobs=logprobs)
         for row, prompt in enumerate(prompts)
     ]
     for state, prompt in zip(states, prompts):
-        for token in prompt[LENGTH // 2 :]:
+        for token in prompt[length // 2 :]:
             state.accept(token)
     return states
 
@@ -157,7 +163,7 @@ def table(kind: str, arguments: argparse.Namespace) -> list[str]:
         cells = []
         for rows in arguments.rows:
             logits = make_logits(kind, rows, arguments.vocab)
-            states = make_states(options, rows, arguments.vocab)
+            states = make_states(options, rows, arguments.vocab, arguments.length)
             contenders: dict[str, Callable[[Tensor], object]] = {"ours": partial(sample, states=states)}
             theirs = transformers_choice(options, states)
             if theirs is not None:
@@ -178,8 +184,9 @@ def report(arguments: argparse.Namespace) -> str:
     lines = [
         f"# Choosing tokens: {arguments.vocab:,} of vocabulary\n",
         f"{date.today()}, {machine()}, threads: {arguments.threads}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, medians of up to {arguments.rounds} alternating rounds. "
-        f"`python benchmarks/sampling.py --threads {arguments.threads} --rounds {arguments.rounds}`",
+        f"transformers {transformers.__version__}, sequences of {arguments.length} tokens, medians of up "
+        f"to {arguments.rounds} alternating rounds, load of the machine {os.getloadavg()[0]:.0f}. "
+        f"`python {' '.join(sys.argv)}`",
     ]
     for kind in ("peaked", "flat"):
         lines += table(kind, arguments)

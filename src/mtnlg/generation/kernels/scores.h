@@ -201,16 +201,21 @@ struct Pool {
 float last_kept(Pool pool, double mass, Scratch& scratch, float guess = kNothing) {
   double above = 0;   // what is above the whole pool
   float reach = 8.0;  // one score far below the others shall not mislead
-  for (; pool.low < pool.high && pool.size > kFew; reach *= 2, guess = kNothing) {
+  if (guess > pool.low && guess < pool.high) {
+    if (pool.above(guess) < mass)
+      pool.high = guess;  // what is above it stays in the pool: too little to be thrown out
+    else
+      pool.narrow(guess, pool.high, scratch.keys.data(), scratch.parts.data());
+  }
+  for (; pool.low < pool.high && pool.size > kFew; reach *= 2) {
     float pivot = std::max(pool.low + (pool.high - pool.low) * 0.5f, pool.high - reach);
-    if (guess > pool.low) pivot = guess;
     if (!(pivot < pool.high)) pivot = pool.low;
     const double total = above + pool.above(pivot);
     if (total < mass) {
       above = total;
       pool.narrow(kNothing, pivot, scratch.keys.data(), scratch.parts.data());
     } else {
-      pool.narrow(pivot, pool.high, scratch.keys.data(), scratch.parts.data());
+      pool.narrow(pivot, INFINITY, scratch.keys.data(), scratch.parts.data());
     }
   }
   if (!(pool.low < pool.high)) return pool.low;
