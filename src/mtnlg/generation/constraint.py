@@ -14,6 +14,7 @@ from mtnlg.config.errors import MtnlgError
 from mtnlg.generation.native import NativeKernel
 
 WORD_BITS = 32
+WORTH_THREADS = 32  # rows; waking a thread takes as long as half of them
 # float32 [256, 8]: for each byte of a mask, 0 where its bits are set and -inf where not.
 MASK_OF_OCTET = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") > 0,
@@ -93,7 +94,7 @@ def rule_out(scores: Tensor, rows: Sequence[int], bitmask: Tensor) -> None:
             len(places),
             bitmask.data_ptr(),
             bitmask.shape[1],
-            torch.get_num_threads(),
+            torch.get_num_threads() if len(places) >= WORTH_THREADS else 1,
         )
         return
     octets = bitmask.numpy().view(np.uint8)  # little-endian words: bit 0 is in the first byte

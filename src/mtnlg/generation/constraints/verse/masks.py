@@ -37,7 +37,7 @@ class VerseMasks:
         self._rhymes: Kept[Ints] = Kept()
         self._beginnings: Kept[Bools] = Kept()
         self._numbers: dict[Hashable, int] = {}  # of what different places look like
-        self._views: dict[tuple[int, int, int], int] = {}
+        self._views: dict[tuple[int, int, int, int, bool], int] = {}
         self._tones: dict[bytes, npt.NDArray[np.uint8]] = {}
         self._num_parts = 0
 
@@ -68,17 +68,18 @@ class VerseMasks:
     # -- parts
 
     def _part(self, slot: int, path: Path, pending: bytes) -> Part:
-        most_letters = self.tokens.table(pending).letters.shape[1]
-        key = (pending, self._view(path.scheme, slot, most_letters), path.fits)
+        table = self.tokens.table(pending)
+        has_tails = len(table.tail_numbers) > 1
+        key = (pending, self._view(slot, path, table.letters.shape[1] + has_tails, has_tails))
         return self._parts.get(key, lambda: self._make_part(slot, path, pending))
 
-    def _view(self, scheme: int, slot: int, most_letters: int) -> int:
-        """A number for what a scheme asks for from a slot on, as far as so many letters reach."""
-        view = self._views.get((scheme, slot, most_letters))
+    def _view(self, slot: int, path: Path, letters: int, is_exact: bool = False) -> int:
+        """A number for what a path asks for from a slot on, as far as so many letters reach."""
+        key = (path.scheme, slot, path.fits, letters, is_exact)
+        view = self._views.get(key)
         if view is None:
-            looks = self.rules.view(scheme, slot, 2 * most_letters + 2)  # what may be skipped is half of it
-            view = self._numbers.setdefault(looks, len(self._numbers))
-            self._views[scheme, slot, most_letters] = view
+            looks = self.rules.view(path.scheme, slot, path.fits, letters, is_exact)
+            view = self._views[key] = self._numbers.setdefault(looks, len(self._numbers))
         return view
 
     def _make_part(self, slot: int, path: Path, pending: bytes) -> Part:
@@ -92,7 +93,7 @@ class VerseMasks:
 
     def begun(self, slot: int, path: Path) -> Bools:
         """bool [beginnings]: which of them begin a letter that may come next."""
-        key = (self._view(path.scheme, slot, 1), *path[1:])
+        key = (self._view(slot, path, 1), path.rhymes, path.used)
         return self._beginnings.get(
             key, lambda: beginnings().of(self.rules.letters_after(Place(slot, (path,))))
         )

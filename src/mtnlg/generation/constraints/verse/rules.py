@@ -139,19 +139,32 @@ class VerseRules:
         """Whether the letter there rhymes."""
         return slot.ends_line and self.schemes[scheme].rhyming[slot.line]
 
-    def view(self, scheme: int, slot: int, length: int) -> Hashable:
-        """What a scheme asks for from a slot on, as far as so many slots show: the same is the same."""
-        return tuple(
-            (
-                at.marks,
-                at.may_skip,
-                self.fits[scheme][number].tobytes(),
-                self.is_rhyme(scheme, at),
-                self.all_patterns(scheme, at.line + 1) if at.ends_line else 0,
-                self.heads[at.line] if self.heads and not at.marks and at.place == 0 else None,
-            )
-            for number, at in enumerate(self.slots[slot : slot + length], start=slot)
-        )
+    def view(self, scheme: int, slot: int, fits: int, letters: int, is_exact: bool) -> Hashable:
+        """What a path asks for from a slot on, as far as so many letters reach: the same is the same.
+
+        Args:
+            scheme: of the path.
+            slot: where it stands.
+            fits: bits of the patterns that the present line fits.
+            letters: how many are looked at.
+            is_exact: whether the same also says the same by the same bits.
+        """
+        looks: list[Hashable] = [fits if is_exact else None]
+        line = -1  # that of the first letter, to which ``fits`` belongs
+        number, is_one = slot, letters == 1 and not is_exact  # of one letter it only matters if it fits
+        while number < self.end and letters:
+            at = self.slots[number]
+            letters -= not at.may_skip
+            line = at.line if line < 0 and not at.marks else line
+            row = self.fits[scheme][number]
+            if at.line == line and not is_exact:
+                row = row & np.uint8(fits)
+            looks.append((at.marks, at.may_skip, self.is_rhyme(scheme, at)))
+            looks.append((row > 0 if is_one else row).tobytes())
+            looks.append(self.heads[at.line] if self.heads and not at.marks and at.place == 0 else None)
+            looks.append(self.all_patterns(scheme, at.line + 1) if at.ends_line and letters else 0)
+            number += 1
+        return tuple(looks)
 
     def step(self, place: Place, letter: int) -> Place | None:
         """Go on by one letter or mark; ``None`` if the form does not allow it."""
