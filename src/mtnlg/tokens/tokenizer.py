@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from mtnlg.config.errors import ConfigError, DataError
+from mtnlg.tokens.byte_tokens import REPLACEMENT, ByteTokens
 from mtnlg.tokens.chat_files import DEFAULT_NAME, read_templates, templates_of, write_templates
 from mtnlg.tokens.settings_files import CONFIG_NAME, SPECIAL_MAP_NAME, read_settings
 
@@ -60,6 +61,7 @@ class Tokenizer:
         self.settings = dict(settings or {})
         self._core = _load_core(definition, where)
         self._core.encode_special_tokens = True  # i.e. as ordinary text
+        self._byte_tokens = ByteTokens(self._core)
         vocabulary = self._core.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
 
@@ -190,7 +192,11 @@ class Tokenizer:
                 give nothing.
             skip_special_tokens: leave special tokens out of the text.
         """
-        return self._core.decode(_flat(ids), skip_special_tokens=skip_special_tokens)
+        flat = _flat(ids)
+        text: str = self._core.decode(flat, skip_special_tokens=skip_special_tokens)
+        if self._byte_tokens and REPLACEMENT in text:
+            return self._byte_tokens.decode(self._core, flat, skip_special_tokens)
+        return text
 
     def characters_per_token(self, texts: Iterable[str]) -> float:
         """How much text a token holds, on average; higher is better."""
