@@ -298,6 +298,14 @@ def test_logprobs_are_the_models_own_whatever_the_rules():
     assert found[2].logprobs.top == ()
 
 
+def test_logprobs_are_those_before_the_temperature():
+    logits = logits_of(4, 4, 700)
+    states = [make_state(SamplingRules(0.3), row, num_logprobs=1) for row in range(4)]
+    expected = logits.double().log_softmax(dim=-1)
+    for row, found in enumerate(sample(logits.clone(), states)):
+        assert found.logprobs.logprob == pytest.approx(float(expected[row, found.token]), abs=1e-5)
+
+
 def test_logprobs_of_one_place():
     logits = torch.tensor([0.0, math.log(3.0)])
     found = token_logprobs(logits, 0, 5)
