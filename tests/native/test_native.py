@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mtnlg.native import NoCompilerError, begin, cache, is_busy, library
+from mtnlg.native import NoCompilerError, NoFolderError, begin, cache, is_busy, library
 from mtnlg.native.compiler import processor
 
 DAY = 86400
@@ -207,6 +207,15 @@ def test_a_cache_that_forbids_programs_is_not_used(source, folder, compiler, mon
     assert library(source).parent != kept.parent
     assert "noexec" in caplog.text
     cache._own_folder.cache_clear()
+
+
+def test_where_no_folder_allows_programs_there_is_no_library(source, folder, compiler, monkeypatch):
+    monkeypatch.setattr(cache, "_forbids_programs", lambda where: True)
+    cache._own_folder.cache_clear()
+    begin({source: []})
+    with pytest.raises(NoFolderError, match=r"noexec.* and .* allows no programs"):
+        library(source)
+    assert num_calls(compiler) == 0
 
 
 def test_a_cache_that_may_only_be_read_serves(source, folder, compiler, monkeypatch):

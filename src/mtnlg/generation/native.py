@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mtnlg.native import NoCompilerError, library
+from mtnlg.native import NoCompilerError, NoFolderError, library
 
 FOLDER = Path(__file__).parent / "kernels"
 logger = logging.getLogger(__name__)
@@ -75,13 +75,12 @@ _explained: set[type] = set()
 
 def _explain(file: str, error: Exception) -> None:
     """Log why there is no kernel; once for all of them where somebody can do something about it."""
-    can_be_cured = isinstance(error, (NoCompilerError, subprocess.SubprocessError))
+    can_be_cured = isinstance(error, (NoCompilerError, NoFolderError, subprocess.SubprocessError))
     if not can_be_cured or type(error) in _explained:
         logger.info("%s is not compiled: %s", file, error)
         return
     _explained.add(type(error))
     logger.warning(
-        "fast kernels for CPUs are left out, and answers take longer: %s. Install g++ "
-        "(apt-get install g++, dnf install gcc-c++), or say --compile off to do without.",
+        "fast kernels for CPUs are left out, and answers take longer: %s (--compile off: do without).",
         error,
     )

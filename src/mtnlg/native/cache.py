@@ -17,6 +17,10 @@ PART = ".part-"  # in the name of what is not finished
 logger = logging.getLogger(__name__)
 
 
+class NoFolderError(OSError):
+    """Libraries can be kept nowhere."""
+
+
 def cache_folder() -> Path | None:
     """``mtnlg`` in the user's cache (``XDG_CACHE_HOME``, else ``~/.cache``); ``None`` without a home."""
     named = os.environ.get("XDG_CACHE_HOME")
@@ -45,13 +49,15 @@ def folder_to_write() -> Path:
     """The cache, or where it cannot be used a folder of this process, which goes with it.
 
     Raises:
-        OSError: there is no temporary folder either.
+        NoFolderError: no temporary folder can hold them either.
     """
     folder = cache_folder()
     obstacle = "there is no home and no XDG_CACHE_HOME" if folder is None else _obstacle(folder)
     if folder is not None and obstacle is None:
         return folder
     if not _own_folder.cache_info().currsize:
+        if _forbids_programs(Path(tempfile.gettempdir())):
+            raise NoFolderError(f"{obstacle}, and {tempfile.gettempdir()} allows no programs (noexec)")
         logger.warning(
             "compiled kernels cannot be kept (%s): every start compiles them anew, which takes seconds. "
             "Set XDG_CACHE_HOME to a folder that can be written.",

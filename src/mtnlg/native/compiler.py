@@ -173,6 +173,7 @@ def library(source: Path, needed: Sequence[str] = ()) -> Path:
             if kept(name) is None and (lock is not None or time.monotonic() > ends):
                 _Work(compiler, [(source, target)], [lock] if lock else []).finish()
                 remove_old(target.parent, target)
+                return target
             elif lock is not None:
                 lock.close()
         time.sleep(WAITING_SECONDS)  # for this process's own work, or another's
@@ -191,7 +192,9 @@ def _compiler(source: Path, needed: Sequence[str]) -> tuple[str, str]:
         raise OSError(f"the processor does not say that it has {', '.join(lacking)}")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise NoCompilerError("there is no C++ compiler (g++ or clang++)")
+        raise NoCompilerError(
+            "there is no C++ compiler: install g++ (apt-get install g++, dnf install gcc-c++)"
+        )
     made_by = f"{features}{compiler}{FLAGS}{platform.libc_ver()}"
     key = hashlib.sha256(_text(source) + made_by.encode()).hexdigest()
     return compiler, f"{source.stem}-{key[:16]}.so"

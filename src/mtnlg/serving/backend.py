@@ -86,6 +86,11 @@ class Backend:
         return bool(getattr(self.engine.runner, "reads_source", False))
 
     @property
+    def has_compiled_kernels(self) -> bool:
+        """Whether kernels that were compiled for this machine do the work; slower ones do where not."""
+        return bool(getattr(getattr(self.engine.runner, "kernel", None), "is_compiled", False))
+
+    @property
     def is_alive(self) -> bool:
         """Whether the engine still takes requests."""
         return self.engine.is_alive

@@ -126,6 +126,7 @@ class Server:
     def _loaded(self, backend: Backend, seconds: float) -> None:
         self.state.open(backend)
         facts = {"model": backend.name, "url": self.url, "seconds": round(seconds, 2)}
+        facts["kernels"] = "compiled" if backend.has_compiled_kernels else "plain"
         log("ready", **facts, max_model_len=backend.engine.max_length, format=backend.form.explanation)
 
     async def _keep(self) -> None:
