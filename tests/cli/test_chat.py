@@ -61,7 +61,7 @@ def test_a_conversation_in_a_terminal(base, terminal, tmp_path):
     mine.send("/sta\t")  # completed
     mine.expect("/stats")
     mine.send("\r")
-    mine.expect(r"12 tokens, \d+\.\d tokens/s, first after .* \(\d+ remembered\)\s+of\s+4096")
+    mine.expect(r"12 tokens, \d+\.\d tokens/s, first after .* \(\d+\s+remembered\)\s+of\s+4096")
     mine.expect_prompt()
     mine.send("/set temperature 0\r")
     mine.expect("temperature is 0.0")
