@@ -59,13 +59,14 @@ def run_mixed(engine: Engine, named: list[tuple[str | None, list[int]]], count: 
 
 @pytest.mark.parametrize("family", ["gpt", "llama"])
 @pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("compile", ["off", "on"])
 def test_a_mixed_batch_says_what_each_adapter_says_alone(
-    make_model: MakeModel, family: str, deterministic: bool
+    make_model: MakeModel, family: str, deterministic: bool, compile: str
 ) -> None:
     model = make_model(family)
     kinds: list[str | None] = [None, *KINDS, None, "low-rank"]
     adapters = {kind: make_adapter(model, kind) for kind in KINDS}
-    engine = Engine(model, config=EngineConfig(deterministic=deterministic, compile="off"))
+    engine = Engine(model, config=EngineConfig(deterministic=deterministic, compile=compile))
     assert isinstance(engine.runner, FastRunner)
     for name, adapter in adapters.items():
         engine.adapters.add(name, adapter)
@@ -118,9 +119,10 @@ def test_the_adapter_that_is_in_a_model_is_mixed_in_like_any(make_model: MakeMod
         assert run_mixed(engine, [(None, prompt)], 6) == [alone(base, changed, prompt, 6)], kind
 
 
-def test_answers_do_not_depend_on_who_else_is_there(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_answers_do_not_depend_on_who_else_is_there(make_model: MakeModel, compile: str) -> None:
     model = make_model()
-    engine = Engine(model, config=EngineConfig(deterministic=True, compile="off"))
+    engine = Engine(model, config=EngineConfig(deterministic=True, compile=compile))
     names = ["low-rank", "dora", "prefix"]
     for name in names:
         engine.adapters.add(name, make_adapter(model, name))

@@ -83,6 +83,20 @@ def test_bits_depend_neither_on_how_a_prompt_was_cut_nor_on_others(
         assert torch.equal(runner.run([row])[-1], own)
 
 
+@needs_kernel
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+def test_hidden_states_take_one_call_too(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    model = make_model(**FAMILIES[family])
+    fast, plain = FastRunner(model, 9, compile="on"), PlainRunner(model, 9)
+    monkeypatch.setattr(fast, "_hidden", None)
+    monkeypatch.setattr(fast_runner, "MOST_TOKENS", 40)
+    rows = rows_of(make_prompts([30, 1, 20]))
+    for found, expected in zip(fast.hidden(rows), plain.hidden(rows), strict=True):
+        assert_near(found, expected)
+
+
 def test_cutting_keeps_order_and_logits() -> None:
     rows = [
         Row([1, 2, 3], 7, [0], 2),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,9 +96,69 @@ class FastRunner:
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> Tensor:
         """See :class:`~mtnlg.generation.runner.Runner`."""
-        logits = self._run_natively(rows)
-        if logits is not None:
-            return logits
+        return self._apart(rows, [row.num_logits for row in rows], self._logits_in_one_call, self._logits)
+
+    @torch.inference_mode()
+    def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
+        """See :class:`~mtnlg.generation.runner.Runner`."""
+        counts = [len(row.ids) for row in rows]
+        return list(self._apart(rows, counts, self._hidden_in_one_call, self._normed).split(counts))
+
+    @torch.inference_mode()
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See :class:`~mtnlg.generation.runner.Runner`."""
+        of, to = (torch.tensor(list(pages), device=self.device) for pages in (sources, targets))
+        for pool in self._pools.values():
+            pool.copy(of, to)
+
+    def _apart(
+        self,
+        rows: Sequence[Row],
+        counts: list[int],
+        in_one_call: Callable[[Sequence[Row]], Tensor],
+        otherwise: Callable[[Sequence[Row]], Tensor],
+    ) -> Tensor:
+        """In one call what can be, which is the usual step of a server: [counts together, size].
+
+        Args:
+            rows: of the step.
+            counts: how much of the result is each row's.
+            in_one_call: for rows without adapters.
+            otherwise: for all.
+        """
+        plain = [self._own is None and row.adapter is None for row in rows]
+        if self._native_step() is None or not any(plain) or not (all(plain) or self.is_invariant):
+            return otherwise(rows)
+        if all(plain):
+            return in_one_call(rows)
+        # Whoever has no adapter may not notice those who have.
+        found: dict[int, Tensor] = {}
+        for kind, run in ((True, in_one_call), (False, otherwise)):
+            own = [number for number, is_plain in enumerate(plain) if is_plain == kind]
+            parts = run([rows[number] for number in own]).split([counts[number] for number in own])
+            found.update(zip(own, parts))
+        return torch.cat([found[number] for number in range(len(rows))])
+
+    def _native_step(self) -> NativeStep | None:
+        if not self._native:
+            is_there = self.kernel.is_native
+            self._native.append(native_step(self._decoder, self._pools) if is_there else None)
+        return self._native[0]
+
+    def _logits_in_one_call(self, rows: Sequence[Row]) -> Tensor:
+        step = self._native_step()
+        assert step is not None
+        return _cat([step(plan_tokens(some, self.page_size)) for some in cut_rows(rows, MOST_TOKENS)])
+
+    def _hidden_in_one_call(self, rows: Sequence[Row]) -> Tensor:
+        step = self._native_step()
+        assert step is not None
+        whole = [replace(row, num_logits=len(row.ids)) for row in rows]
+        parts = cut_rows(whole, MOST_TOKENS)
+        return _cat([step.hidden(plan_tokens(some, self.page_size)) for some in parts])
+
+    def _logits(self, rows: Sequence[Row]) -> Tensor:
+        """[logits of all rows, vocab]"""
         plan, hidden = self._hidden(rows)
         wanted = [
             place
@@ -111,36 +173,11 @@ class FastRunner:
         last = self._decoder.norm(hidden[torch.tensor(padded, device=self.device)])
         return self._decoder.output(last)[: len(wanted)].float()
 
-    @torch.inference_mode()
-    def hidden(self, rows: Sequence[Row]) -> list[Tensor]:
-        """See :class:`~mtnlg.generation.runner.Runner`."""
+    def _normed(self, rows: Sequence[Row]) -> Tensor:
+        """[tokens of all rows, hidden]"""
         plan, hidden = self._hidden(rows)
-        normed = self._decoder.norm(hidden)
-        return [normed[torch.from_numpy(own).to(self.device)] for own in plan.of_rows]
-
-    @torch.inference_mode()
-    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """See :class:`~mtnlg.generation.runner.Runner`."""
-        of, to = (torch.tensor(list(pages), device=self.device) for pages in (sources, targets))
-        for pool in self._pools.values():
-            pool.copy(of, to)
-
-    def _run_natively(self, rows: Sequence[Row]) -> Tensor | None:
-        """The usual step of a server, in one call; ``None`` where it takes more than that."""
-        if self._own is not None or any(row.adapter is not None for row in rows):
-            return None
-        step = self._native_step()
-        if step is None:
-            return None
-        found = [step(plan_tokens(some, self.page_size)) for some in cut_rows(rows, MOST_TOKENS)]
-        return found[0] if len(found) == 1 else torch.cat(found)
-
-    def _native_step(self) -> NativeStep | None:
-        if not self._native:
-            # Rows with adapters take their steps otherwise, which nobody beside them may notice.
-            may_be = self.kernel.is_native and not self.is_invariant
-            self._native.append(native_step(self._decoder, self._pools) if may_be else None)
-        return self._native[0]
+        places = torch.from_numpy(np.concatenate(plan.of_rows)).to(self.device)
+        return self._decoder.norm(hidden)[places]
 
     def _hidden(self, rows: Sequence[Row]) -> tuple[StepPlan, Tensor]:
         rows = with_own(rows, self._own)
@@ -166,6 +203,10 @@ class FastRunner:
             self._mixer.lay_out(rows)
             self._mixer.begin(rows, plan)
         return self._mixer
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def attend_rows(

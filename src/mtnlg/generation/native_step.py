@@ -113,10 +113,21 @@ class NativeStep:
 
     def __call__(self, plan: TokenPlan) -> Tensor:
         """See the class."""
+        logits = self._hidden.new_empty(len(plan.wanted), self._vocab_size)
+        num_operations = len(self._operations) if len(logits) else self._num_layered
+        self._run(plan, num_operations, logits.data_ptr())
+        return logits.float()
+
+    def hidden(self, plan: TokenPlan) -> Tensor:
+        """After the final norm: [wanted, hidden]"""
+        self._run(plan, self._num_layered + 1, None)
+        return self._normed[: len(plan.wanted)].clone()
+
+    def _run(self, plan: TokenPlan, num_operations: int, logits: int | None) -> None:
+        """Do so many operations of the list; ``logits`` is a place."""
         count, num_wanted = len(plan.ids), len(plan.wanted)
         self._hidden[:count] = self._decoder.embed(plan.ids, plan.positions)
-        logits = self._hidden.new_empty(num_wanted, self._vocab_size)
-        step = _Step(count, torch.get_num_threads(), plan.pages.shape[1], logits.data_ptr())
+        step = _Step(count, torch.get_num_threads(), plan.pages.shape[1], logits)
         for name in ("new_pages", "new_places", "pages", "lengths", "groups", "wanted"):
             setattr(step, name, getattr(plan, name).data_ptr())
         step.num_groups, step.num_wanted = len(plan.groups), num_wanted
@@ -126,9 +137,7 @@ class NativeStep:
         turned = () if rotation is None else (rotation[0].contiguous(), rotation[1].contiguous())
         if turned:
             step.cosine, step.sine = (x.data_ptr() for x in turned)
-        num_operations = len(self._operations) if num_wanted else self._num_layered
         self._function(self._operations, num_operations, ctypes.byref(step), self._flags)
-        return logits.float()
 
     def _add_layer(self, found: list[_Operation], layer: PreparedLayer) -> None:
         is_parallel = type(layer) is PreparedParallelLayer
