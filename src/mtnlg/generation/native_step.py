@@ -126,7 +126,7 @@ class NativeStep:
     def _run(self, plan: TokenPlan, num_operations: int, logits: int | None) -> None:
         """Do so many operations of the list; ``logits`` is a place."""
         count, num_wanted = len(plan.ids), len(plan.wanted)
-        self._hidden[:count] = self._decoder.embed(plan.ids, plan.positions)
+        self._hidden[:count] = self._decoder.embed(plan.ids, plan.positions, without_adapters=True)
         step = _Step(count, torch.get_num_threads(), plan.pages.shape[1], logits)
         for name in ("new_pages", "new_places", "pages", "lengths", "groups", "wanted"):
             setattr(step, name, getattr(plan, name).data_ptr())

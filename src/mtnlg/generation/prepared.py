@@ -145,10 +145,10 @@ class PreparedDecoder:
     def _look_up(self, ids: Tensor) -> Tensor:
         return self.tokens[ids].to(self.dtype)
 
-    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, positions: Tensor, without_adapters: bool = False) -> Tensor:
         """What goes into the first layer: [tokens] → [tokens, hidden]"""
         assert self.look_up is not None
-        hidden = self.look_up(ids)  # [tokens] → [tokens, width]
+        hidden = (self._look_up if without_adapters else self.look_up)(ids)  # [tokens] → [tokens, width]
         if self.scale is not None:
             hidden = hidden * hidden.new_tensor(self.scale)
         if self.projection is not None:
