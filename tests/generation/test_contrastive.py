@@ -9,9 +9,9 @@ from tests.generation.test_beam import Access
 from mtnlg.config import ConfigError, MtnlgError
 from mtnlg.generation import GenerationRequest, SamplingRules
 from mtnlg.generation.contrastive import contrastive_search
+from mtnlg.generation.fast_runner import FastRunner
 from mtnlg.generation.runner import PlainRunner
 from mtnlg.generation.search import SearchOptions
-from mtnlg.generation.search_runner import SearchRunner
 
 PROMPTS = [[5, 9, 2], [7], list(range(1, 20))]
 
@@ -31,7 +31,7 @@ class OverRanks(PlainRunner):
 
 
 def fast(model, num_pages, page_size):
-    return SearchRunner(model, num_pages, page_size)
+    return FastRunner(model, num_pages, page_size)
 
 
 def search(model, prompt, max_new=8, alpha=0.6, top_k=4, make_runner=RunsOnce, **request):

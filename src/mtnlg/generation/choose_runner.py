@@ -11,11 +11,11 @@ from mtnlg.config import ConfigError
 from mtnlg.config.generation import EngineConfig
 from mtnlg.generation.draws import load_kernels
 from mtnlg.generation.encoder_decoder_runner import EncoderDecoderRunner
+from mtnlg.generation.fast_runner import FastRunner
 from mtnlg.generation.int8_pages import int8_element_bytes
 from mtnlg.generation.memory import num_cache_pages
 from mtnlg.generation.prepared import can_prepare
 from mtnlg.generation.runner import PAGE_SIZE, PlainRunner, Runner
-from mtnlg.generation.search_runner import SearchRunner
 from mtnlg.model import LanguageModel, MegatronEncoderDecoder, MegatronLmDecoder
 from mtnlg.model.adapters import adapter_set_aside
 from mtnlg.native import is_busy
@@ -67,7 +67,7 @@ def _fitting(model: LanguageModel, config: EngineConfig, mode: str) -> Runner:
     num_pages = num_cache_pages(model.config, config, PAGE_SIZE, element, parameter.device)
     if dtype in PREPARED_DTYPES and is_fast:
         is_int8 = config.cache_dtype == "int8"
-        return SearchRunner(model, num_pages, PAGE_SIZE, dtype, config.deterministic, mode, is_int8)
+        return FastRunner(model, num_pages, PAGE_SIZE, dtype, config.deterministic, mode, is_int8)
     if dtype != parameter.dtype:
         model = copy.deepcopy(model).to(dtype)
     return PlainRunner(model, num_pages)

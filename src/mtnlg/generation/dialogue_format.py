@@ -91,9 +91,7 @@ class TemplateFormat:
             )
         writer = self._for_tools if tools else self._plain
         shown = messages if self._takes_system else _with_system_in_question(messages)
-        return writer.render(
-            shown, tools or None, not is_open, continue_final_message=is_open, **variables
-        )
+        return writer.render(shown, tools or None, not is_open, continue_final_message=is_open, **variables)
 
     def encode(self, pieces: Sequence[Piece], is_rest: bool = False) -> list[int]:
         """See :class:`DialogueFormat`."""

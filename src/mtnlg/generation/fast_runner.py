@@ -105,6 +105,22 @@ class FastRunner:
         return list(self._apart(rows, counts, self._hidden_in_one_call, self._normed).split(counts))
 
     @torch.inference_mode()
+    def logits_of(self, hidden: Tensor) -> Tensor | None:
+        """The logits that hidden states lead to, for searches that look at these first.
+
+        Args:
+            hidden: [tokens, hidden] as :meth:`hidden` gave them.
+
+        Returns:
+            float32 [tokens, vocab]; ``None`` where adapters change the head, which goes with rows.
+        """
+        if self._own is not None or self._mixer is not None:
+            return None
+        count = len(hidden)
+        rows = F.pad(hidden, (0, 0, 0, filled_up(count, self._fewest) - count))
+        return self._decoder.output(rows)[:count].float()
+
+    @torch.inference_mode()
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """See :class:`~mtnlg.generation.runner.Runner`."""
         of, to = (torch.tensor(list(pages), device=self.device) for pages in (sources, targets))
