@@ -24,7 +24,17 @@ from mtnlg.model.mlp import ACTIVATION_FUNCTIONS
 needs_kernel = pytest.mark.skipif(
     native_step.KERNEL.load() is None, reason="no C++ compiler, or no AVX-512"
 )
-ONE_CALL = ["gpt", "gpt-tanh", "squared-relu", "llama", "part-rotary", "qwen2", "llama3", "gpt-neox"]
+ONE_CALL = [
+    "gpt",
+    "gpt-tanh",
+    "squared-relu",
+    "llama",
+    "part-rotary",
+    "qwen2",
+    "qwen3",
+    "llama3",
+    "gpt-neox",
+]
 
 
 @needs_kernel

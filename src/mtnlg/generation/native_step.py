@@ -25,7 +25,7 @@ from mtnlg.generation.tiled_linear import ACTIVATIONS, IS_BF16, TiledLinear
 
 LANES = 16
 MOST_TOKENS = 512  # of one call
-NORM, PRODUCT, CALL, TURN, ATTEND = range(5)
+NORM, HEAD_NORM, PRODUCT, CALL, TURN, ATTEND = range(6)
 OF_RMS, WANTED = 1, 2  # flags of norms
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 KERNEL = NativeKernel("decoder.cpp", "mtnlg_step", [_POINTER, _INTEGER, _POINTER, _INTEGER], ["avx512f"])
@@ -71,10 +71,10 @@ def native_step(decoder: PreparedDecoder, pools: Mapping[int, PagePool]) -> Nati
 def _is_known(layer: PreparedLayer) -> bool:
     if type(layer) not in (PreparedLayer, PreparedParallelLayer) or type(layer.mlp) is not PreparedMlp:
         return False
-    if layer.scores is not None or layer.query_scale != 1.0 or layer.query_norm is not None:
+    if layer.scores is not None or layer.query_scale != 1.0:
         return False
-    norms = layer.attention_norm, layer.mlp_norm
-    return all(map(_fits, norms)) and all(map(_has_kernel, layer.linears))
+    norms = layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm
+    return all(norm is None or _fits(norm) for norm in norms) and all(map(_has_kernel, layer.linears))
 
 
 def _has_kernel(linear: Linear) -> bool:
@@ -149,6 +149,10 @@ class NativeStep:
         if is_parallel:
             found.append(self._norm(layer.mlp_norm, beside))
         found.append(self._product(layer.query_key_value, normed, projected))
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys, _ = layer.sizes
+            found.append(self._head_norm(layer.query_norm, projected, 0, queries))
+            found.append(self._head_norm(layer.key_norm, projected, queries, keys))
         if self._decoder.config.position_embedding == "rotary":
             found.append(self._turn(layer, projected))
         found.append(self._attend(layer, projected, context))
@@ -185,6 +189,11 @@ class NativeStep:
             sizes=(norm.weight.numel(),),
             epsilon=norm.eps,
         )
+
+    def _head_norm(self, norm: PreparedNorm, projected: Tensor, begin: int, width: int) -> _Operation:
+        found, size = self._norm(norm, projected), norm.weight.numel()
+        found.kind, found.sizes = HEAD_NORM, (size, projected.shape[1], begin, width // size)
+        return found
 
     def _product(
         self,

@@ -13,7 +13,7 @@
 
 namespace {
 
-enum Kind : int64_t { kNorm, kProduct, kCall, kTurn, kAttend };
+enum Kind : int64_t { kNorm, kHeadNorm, kProduct, kCall, kTurn, kAttend };
 
 constexpr int64_t kOfRms = 1, kWanted = 2;  // flags of norms
 
@@ -39,11 +39,11 @@ struct Step {
 
 // (x - mean) / deviation * weight + bias, or x / root mean square * weight. sizes: of a row.
 template <typename Number>
-void norm_row(const Operation& o, int64_t from, int64_t to) {
+void norm(const Operation& o, const void* source, int64_t from, int64_t to) {
   typedef typename Number::Value Value;
   const int64_t size = o.sizes[0];
-  const Value* x = static_cast<const Value*>(o.source) + from * size;
-  Value* y = static_cast<Value*>(o.target) + to * size;
+  const Value* x = static_cast<const Value*>(source) + from;
+  Value* y = static_cast<Value*>(o.target) + to;
   const auto *weight = static_cast<const Value*>(o.first), *bias = static_cast<const Value*>(o.second);
   float mean = 0;
   if (!(o.flags & kOfRms)) {
@@ -62,6 +62,13 @@ void norm_row(const Operation& o, int64_t from, int64_t to) {
     if (bias) found += Number::load(bias + i);
     Number::store(y + i, found);
   }
+}
+
+// Of each of some heads, in place. sizes: head_dim, of a row, where the first begins, heads.
+template <typename Number>
+void norm_heads(const Operation& o, int64_t row) {
+  const int64_t begin = row * o.sizes[1] + o.sizes[2];
+  for (int64_t h = 0; h < o.sizes[3]; ++h) norm<Number>(o, o.target, begin + h * o.sizes[0], begin + h * o.sizes[0]);
 }
 
 // Rotary positions of queries and keys, in place. sizes: a row, heads to turn, head_dim, rotary_dim.
@@ -122,9 +129,15 @@ void run(const Operation* operations, int64_t count, const Step& step) {
         const bool is_last = o.flags & kWanted;
         const int64_t count = is_last ? step.num_wanted : step.tokens;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < count; ++row) norm_row<Number>(o, is_last ? step.wanted[row] : row, row);
+        for (int64_t row = 0; row < count; ++row) {
+          norm<Number>(o, o.source, (is_last ? step.wanted[row] : row) * o.sizes[0], row * o.sizes[0]);
+        }
         break;
       }
+      case kHeadNorm:
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < step.tokens; ++row) norm_heads<Number>(o, row);
+        break;
       case kTurn:
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < step.tokens; ++row) turn_row<Number>(o, step, row);
