@@ -15,7 +15,7 @@ from mtnlg.generation.runner import Row
 FEWEST_OF_A_PIECE = 16  # new tokens of a row from which on its queries go through attention together
 SMALL_PAGES = 64  # pages read in vain that are not worth a call of their own
 MOST_SINGLES = 128  # tokens of one call, whose attention weights are all held
-TOGETHER = 32  # tokens of a row that read its pages together
+TOGETHER = 16  # tokens of a row that read its pages together
 
 
 @dataclass

@@ -15,7 +15,7 @@ constexpr int64_t kPage = 16;  // tokens
 constexpr int kChains = 4;  // sums that do not wait for each other
 constexpr int kTogether = 8;  // queries for which a key or value is loaded once
 constexpr int64_t kSharesOfThread = 4;
-constexpr int64_t kScores = 1<<14;  // that a task should hold at most: they stay in the second cache
+constexpr int64_t kScores = 1 << 14;  // that a task should hold at most: they stay in the second cache
 
 // What the caller says; sizes in elements.
 struct Sizes {
